@@ -1,0 +1,128 @@
+// Package guest reaches a machine that runs PostgreSQL: it finds the instances there, checks what stands in the way of
+// protecting them, puts the runner and its job in place, tells what is there now, and takes it all away again.
+//
+// It does so on the machine it runs on. The provider uses it in its own process for connection type "local"; a
+// connection over SSH runs the same code on the guest.
+package guest
+
+import (
+	"context"
+	"errors"
+
+	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/objectstore"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/postgres"
+)
+
+// Guest is one machine. Changing methods are serialised by a lock file on it. Every method leaves the guest as it was
+// when it fails before the first change, and says how far it came otherwise.
+type Guest interface {
+	// Machine tells which machine this is.
+	Machine(ctx context.Context) (Machine, error)
+
+	// Discover finds the instances, running or not, in order of name.
+	Discover(ctx context.Context) ([]Instance, error)
+
+	// Check runs every prerequisite check for the job and returns all of them, in a fixed order. An error means that the
+	// checks could not be made, never that one failed. It changes nothing.
+	Check(ctx context.Context, r CheckRequest) ([]Check, error)
+
+	// Apply makes the guest match the deployment: binary, job file, credentials, state directories, settings, runners.
+	// Applying twice is the same as once. It returns when every runner answers on its socket and a forced WAL segment of
+	// every primary has reached the repository.
+	Apply(ctx context.Context, d Deployment) (*State, error)
+
+	// State reads what is there of a job. ErrNoJob only when the guest was read successfully and holds nothing of it.
+	State(ctx context.Context, name string) (*State, error)
+
+	// SetWALRetention writes (nil: removes) the WAL retention into the job file. ErrNoJob if there is none.
+	SetWALRetention(ctx context.Context, name string, r *job.WALRetention) error
+
+	// Remove stops the runners, puts the PostgreSQL settings back as they were, and removes everything of the job except
+	// backups; the binary goes with the last job. Removing what is half there, or absent, succeeds.
+	Remove(ctx context.Context, name string) error
+}
+
+// ErrNoJob says that a guest holds nothing of a job.
+var ErrNoJob = errors.New("no such job on this guest")
+
+// Machine identifies a guest.
+type Machine struct {
+	ID   string // /etc/machine-id, or a random one kept below Layout.StateRoot where the machine has none
+	Host string // its host name
+}
+
+// Instance is a discovered cluster.
+type Instance struct {
+	job.Instance
+	Running       bool
+	VersionNumber int    // server_version_num; 0 when not running
+	Role          string // "primary", "replica", "" when not running
+	ArchiveMode   string
+	WALLevel      string
+	SizeBytes     int64
+	WALSegment    postgres.SegmentSize
+}
+
+// Status of a check.
+type Status string
+
+// The statuses of a check.
+const (
+	Pass Status = "pass"
+	Warn Status = "warn"
+	Fail Status = "fail"
+)
+
+// Check is one prerequisite. Its name is stable: archive_mode, archive_command, archive_library, wal_level,
+// full_page_writes, postgresql_version, postgresql_running, temporary_folder, executable_place, operating_system, role,
+// cluster_manager, privileges, repository_reachable, clock.
+type Check struct {
+	Name     string `json:"name"`
+	Instance string `json:"instance,omitempty"`
+	Status   Status `json:"status"`
+	Found    string `json:"found"`
+	Expected string `json:"expected"`
+	Remedy   string `json:"remedy,omitempty"` // commands that can be pasted
+}
+
+// CheckRequest says what is to be protected. Credentials are nil for the AWS chain.
+type CheckRequest struct {
+	Job         *job.Job // Protected may be empty: it is resolved from Instances
+	Credentials *objectstore.Credentials
+	Settings    SettingsPolicy
+}
+
+// SettingsPolicy is guest_settings.
+type SettingsPolicy struct {
+	Manage                 bool
+	Restart                string // "never" or "allow"
+	ExistingArchiveCommand string // "fail", "replace" or "chain"
+}
+
+// Deployment is what Apply brings about.
+type Deployment struct {
+	Job         *job.Job // Protected may be empty: it is resolved from Instances
+	Credentials *objectstore.Credentials
+	Runner      []byte // the runner binary for this machine's architecture
+	Settings    SettingsPolicy
+}
+
+// State is what a guest holds of a job, as it is.
+type State struct {
+	Machine        Machine
+	Job            *job.Job // nil: the job file is missing or unreadable (JobProblem says why)
+	JobProblem     string
+	RunnerSHA256   string // of the binary that BinaryLink leads to; "" if missing
+	Instances      []InstanceState
+	HasCredentials bool
+}
+
+// InstanceState is one protected instance, as it is.
+type InstanceState struct {
+	Name     string
+	Runner   string            // "running", "stopped", "missing"
+	Problem  string            // why its settings could not be read, in words
+	Settings map[string]string // archive_mode, archive_command, archive_library, wal_level, full_page_writes
+	SystemID postgres.SystemID
+}
