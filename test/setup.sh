@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# Installs what a target of the GNUmakefile needs and is missing, from apt, npm and Go modules only, and says so.
+#
+#   test/setup.sh demo      PostgreSQL, a Terraform or OpenTofu CLI, an S3 server
+#   test/setup.sh test      the same, every PostgreSQL major, and the tools of the tests
+#   test/setup.sh lint      golangci-lint
+#   test/setup.sh generate  tfplugindocs and a CLI
+#   test/setup.sh bench     as demo; the peer is fetched by bench/run.sh
+#
+# What can live in the project lives in .tools/; apt packages go to the system (as root or with sudo).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+tools="$PWD/.tools"
+mkdir -p "$tools/bin"
+what="${1:?usage: test/setup.sh demo|test|lint|generate|bench}"
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+as_root() {
+  if [ "$(id -u)" = 0 ]; then "$@"
+  elif command -v sudo >/dev/null; then sudo "$@"
+  else say "need root or sudo for: $*"; exit 1; fi
+}
+
+apt_updated=
+apt_install() {
+  command -v apt-get >/dev/null || { say "this is not Debian or Ubuntu: install $* yourself"; exit 1; }
+  say "installing $* with apt"
+  if [ -z "$apt_updated" ]; then as_root apt-get -qq update >&2; apt_updated=yes; fi
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 install -y --no-install-recommends "$@" >/dev/null
+}
+
+# Debian makes and starts a cluster when a server is installed; nothing here needs it, so it is told not to.
+need_postgresql() {
+  compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null && [ "${1:-}" != contrib ] && return
+  compgen -G '/usr/lib/postgresql/*/bin/pg_amcheck' >/dev/null && return
+  local conf=/etc/postgresql-common/createcluster.d/pgark.conf
+  as_root mkdir -p "$(dirname "$conf")"
+  echo 'create_main_cluster = false' | as_root tee "$conf" >/dev/null
+  trap 'as_root rm -f '"$conf" EXIT
+  apt_install postgresql postgresql-contrib
+  as_root rm -f "$conf"
+  trap - EXIT
+}
+
+need_command() { # command package
+  command -v "$1" >/dev/null || apt_install "$2"
+}
+
+# Go tools are pinned in tools/go.mod, out of the provider's own module graph.
+need_go_tool() { # name package
+  local stamp="$tools/bin/.$1.$(sha256sum tools/go.mod | cut -c1-16)"
+  [ -x "$tools/bin/$1" ] && [ -e "$stamp" ] && return
+  say "building $1 (once)"
+  (cd tools && go build -o "$tools/bin/$1" "$2")
+  rm -f "$tools/bin/.$1."*
+  touch "$stamp"
+}
+
+need_cli() {
+  command -v terraform >/dev/null && return
+  command -v tofu >/dev/null && return
+  [ -x "$tools/bin/tofu" ] && return
+  say "neither terraform nor tofu is on PATH: building OpenTofu from its Go module (once, about 10 minutes)"
+  local dir version=v1.12.6
+  dir=$(mktemp -d)
+  (
+    cd "$dir"
+    go mod init pgark-opentofu 2>/dev/null
+    go mod edit -require "github.com/opentofu/opentofu@$version"
+    # A module's own replace directives count only in the main module, so they are repeated here.
+    go mod edit -json "$(go mod download -json "github.com/opentofu/opentofu@$version" | sed -n 's/.*"GoMod": "\(.*\)".*/\1/p')" |
+      sed -n '/"Replace"/,$p' | tr -d ' \n\t' | grep -oE '\{"Old":\{[^}]*\},"New":\{[^}]*\}\}' |
+      sed -E 's/.*"Old":\{"Path":"([^"]*)"(,"Version":"([^"]*)")?\},"New":\{"Path":"([^"]*)","Version":"([^"]*)".*/\1@\3=\4@\5/; s/@=/=/' |
+      while read -r r; do go mod edit -replace "$r"; done
+    printf 'package main\n\nimport _ "github.com/opentofu/opentofu/version"\n\nfunc main() {}\n' >main.go
+    go mod tidy >/dev/null 2>&1
+    CGO_ENABLED=0 go build -mod=mod -o "$tools/bin/tofu" github.com/opentofu/opentofu/cmd/tofu
+  )
+  rm -rf "$dir"
+}
+
+need_s3() { need_go_tool versitygw github.com/versity/versitygw/cmd/versitygw; }
+
+command -v go >/dev/null || { say "Go is missing: install it (https://go.dev/dl) and run this again"; exit 1; }
+
+case "$what" in
+demo | bench)
+  need_postgresql
+  need_command setpriv util-linux
+  need_s3
+  need_cli
+  ;;
+test)
+  need_postgresql contrib
+  need_command gcc gcc # the race detector needs a C linker
+  [ -e /usr/include/stdlib.h ] || apt_install libc6-dev
+  need_command npm npm
+  need_s3
+  need_cli
+  bash test/pgtest/install.sh "$tools/pg"
+  ;;
+lint) need_go_tool golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint ;;
+generate)
+  need_go_tool tfplugindocs github.com/hashicorp/terraform-plugin-docs/cmd/tfplugindocs
+  need_cli
+  ;;
+*) say "unknown: $what"; exit 2 ;;
+esac
