@@ -339,7 +339,21 @@ type File struct {
 	Inline  *SegmentMap `json:"-"`            // small maps, stored in the manifest
 	Map     *FrameRef   `json:"-"`            // larger ones; both nil: the file is empty
 	Corrupt []uint32    `json:"c,omitempty"`  // pages whose checksum was wrong twice
+
+	// MapObjects names the packs that the map behind Map refers to (SegmentMap.Objects). Nobody can read an encrypted
+	// parent's maps while writing, so whoever shares one must know this; refs could not be written otherwise.
+	// For a map that this image wrote, nil stands for what WriteMap saw.
+	MapObjects []ObjectRef `json:"-"`
 }
+
+// Objects lists the packs that the map refers to, each once, in order.
+func (m *SegmentMap) Objects() []ObjectRef { panic("unimplemented") }
+
+// MarshalBinary encodes the map as it stands in map objects: the form in which a guest may keep its parent's maps.
+func (m *SegmentMap) MarshalBinary() ([]byte, error) { panic("unimplemented") }
+
+// UnmarshalBinary reads and checks what MarshalBinary wrote.
+func (m *SegmentMap) UnmarshalBinary(b []byte) error { panic("unimplemented") }
 
 // ---- reading an image -----------------------------------------------------------------------------------------------
 
