@@ -2,6 +2,9 @@ package objectstore
 
 import (
 	"context"
+	"fmt"
+	"path"
+	"strings"
 	"time"
 )
 
@@ -30,8 +33,48 @@ type Options struct {
 	PartThreshold  int64         // S3: bodies above it go up in parts; default and maximum 5 GiB, the limit of one PUT
 }
 
+// applyDefaults fills in what is zero.
+func (o *Options) applyDefaults() {
+	if o.AttemptTimeout <= 0 {
+		o.AttemptTimeout = 60 * time.Second
+	}
+	if o.MaxElapsed <= 0 {
+		o.MaxElapsed = 5 * time.Minute
+	}
+	if o.PartThreshold <= 0 || o.PartThreshold > maxPut {
+		o.PartThreshold = maxPut
+	}
+}
+
 // Open checks loc and returns its store. It makes no request: a bucket that is missing shows at first use.
-func Open(ctx context.Context, loc Location, o Options) (Store, error) { panic("unimplemented") }
+func Open(ctx context.Context, loc Location, o Options) (Store, error) {
+	o.applyDefaults()
+	scheme, rest, ok := strings.Cut(loc.URL, "://")
+	switch {
+	case ok && scheme == "file":
+		if loc.Region != "" || loc.Endpoint != "" || loc.UsePathStyle || loc.StorageClass != "" {
+			return nil, fmt.Errorf("repository %q: region, endpoint, path style and storage class are for s3:// only", loc.URL)
+		}
+		root := path.Clean(rest)
+		if !strings.HasPrefix(rest, "/") || root == "/" {
+			return nil, fmt.Errorf("repository %q: expected the absolute path of a directory, as in file:///srv/backup", loc.URL)
+		}
+		return &directoryStore{root: root}, nil
+	case ok && scheme == "s3":
+		bucket, prefix, _ := strings.Cut(rest, "/")
+		if bucket == "" {
+			return nil, fmt.Errorf("repository %q: expected a bucket, as in s3://bucket/prefix", loc.URL)
+		}
+		prefix = strings.Trim(prefix, "/")
+		if prefix != "" {
+			if err := checkKey(prefix); err != nil {
+				return nil, fmt.Errorf("repository %q: %w", loc.URL, err)
+			}
+		}
+		return openS3(ctx, loc, bucket, prefix, o)
+	}
+	return nil, fmt.Errorf("repository %q: expected s3://bucket/prefix or file:///absolute/path", loc.URL)
+}
 
 // Capabilities is what Probe found a store to do. It is kept in repository.json.
 type Capabilities struct {
@@ -40,11 +83,6 @@ type Capabilities struct {
 	ListAfterPut   bool `json:"list_after_put"`
 	Delete         bool `json:"delete"` // false in an append-only bucket
 }
-
-// Probe tries, under the prefix "probe/", what a repository needs: create-if-absent (in sequence and in a race),
-// ranged reads, and a listing that shows what was just created. It removes what it wrote where deletion is allowed.
-// A store without atomic create-if-absent is refused with an *UnsuitableError that says what was tried and seen.
-func Probe(ctx context.Context, s Store) (Capabilities, error) { panic("unimplemented") }
 
 // UnsuitableError says why a store cannot hold a repository.
 type UnsuitableError struct {
@@ -57,5 +95,3 @@ type UnsuitableError struct {
 func (e *UnsuitableError) Error() string {
 	return e.Store + " cannot hold a repository: " + e.Need + " is missing: " + e.Found + "; " + e.Remedy
 }
-
-func isTransient(err error) bool { panic("unimplemented") }
