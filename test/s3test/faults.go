@@ -16,6 +16,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/aws/aws-sdk-go-v2/aws"
+	v4 "github.com/aws/aws-sdk-go-v2/aws/signer/v4"
+
 	"github.com/pgark/terraform-provider-pgark/internal/engine/objectstore"
 )
 
@@ -47,8 +50,9 @@ type Faults struct {
 	// Match restricts the faults to the requests that it returns true for.
 	Match func(*http.Request) bool
 
-	// StripIfNoneMatch removes the header of conditional writes, as a proxy may that knows better.
-	StripIfNoneMatch bool
+	// IgnoreIfNoneMatch removes the header of conditional writes, so that the server, whose keys are used to sign the
+	// request anew, does what a store does that does not know the header: it overwrites.
+	IgnoreIfNoneMatch *Server
 }
 
 // FaultProxy is an HTTP proxy before an S3 server. It leaves requests as they are, so that their signatures hold.
@@ -123,13 +127,13 @@ func (p *FaultProxy) Counts() (total int, done map[Fault]int) {
 }
 
 // draw decides what happens to a request; "" is nothing.
-func (p *FaultProxy) draw(r *http.Request) (fault Fault, delay time.Duration, strip bool) {
+func (p *FaultProxy) draw(r *http.Request) (fault Fault, delay time.Duration, strip *Server) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.total++
 	f := p.faults
 	if p.rng.Float64() >= f.Rate || f.Match != nil && !f.Match(r) {
-		return "", 0, f.StripIfNoneMatch
+		return "", 0, f.IgnoreIfNoneMatch
 	}
 	kinds := f.Kinds
 	if kinds == nil {
@@ -139,7 +143,7 @@ func (p *FaultProxy) draw(r *http.Request) (fault Fault, delay time.Duration, st
 		kinds = slices.DeleteFunc(slices.Clone(kinds), func(k Fault) bool { return k == Answer409 || k == Answer412 })
 	}
 	if len(kinds) == 0 {
-		return "", 0, f.StripIfNoneMatch
+		return "", 0, f.IgnoreIfNoneMatch
 	}
 	fault = kinds[p.rng.IntN(len(kinds))]
 	p.counts[fault]++
@@ -147,7 +151,7 @@ func (p *FaultProxy) draw(r *http.Request) (fault Fault, delay time.Duration, st
 	if maxDelay == 0 {
 		maxDelay = 200 * time.Millisecond
 	}
-	return fault, time.Duration(p.rng.Int64N(int64(maxDelay))), f.StripIfNoneMatch
+	return fault, time.Duration(p.rng.Int64N(int64(maxDelay))), f.IgnoreIfNoneMatch
 }
 
 var answers = map[Fault]struct {
@@ -189,8 +193,11 @@ func (p *FaultProxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.ContentLength == 0 {
 		out.Body = nil // or the transport would send it in chunks
 	}
-	if strip {
+	if strip != nil && r.Header.Get("If-None-Match") != "" {
 		out.Header.Del("If-None-Match")
+		if err := strip.sign(out); err != nil {
+			panic(fmt.Sprintf("s3test: sign a request: %v", err))
+		}
 	}
 	resp, err := p.transport.RoundTrip(out)
 	if err != nil {
@@ -211,4 +218,12 @@ func (p *FaultProxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if _, err := io.Copy(w, resp.Body); err != nil {
 		panic(http.ErrAbortHandler)
 	}
+}
+
+// sign replaces the request's signature.
+func (s *Server) sign(r *http.Request) error {
+	r.Header.Del("Authorization")
+	signer := v4.NewSigner(func(o *v4.SignerOptions) { o.DisableURIPathEscaping = true })
+	keys := aws.Credentials{AccessKeyID: s.AccessKeyID, SecretAccessKey: s.SecretAccessKey}
+	return signer.SignHTTP(r.Context(), keys, r, r.Header.Get("X-Amz-Content-Sha256"), "s3", Region, time.Now())
 }

@@ -3,7 +3,6 @@ package objectstore
 import (
 	"context"
 	"errors"
-	"io"
 	"net"
 	"syscall"
 )
@@ -65,7 +64,6 @@ func transientCause(err error) bool {
 		syscall.ESTALE, syscall.EAGAIN, syscall.EINTR, syscall.EBUSY, syscall.ETIMEDOUT,
 		syscall.ECONNREFUSED, syscall.ECONNRESET, syscall.ECONNABORTED, syscall.EPIPE,
 		syscall.ENETUNREACH, syscall.EHOSTUNREACH, syscall.ENETDOWN, syscall.EHOSTDOWN,
-		io.ErrUnexpectedEOF,
 	} {
 		if errors.Is(err, e) {
 			return true

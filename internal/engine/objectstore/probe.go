@@ -79,7 +79,7 @@ func (p *probe) unsuitable(found string) error {
 		Store:  p.store.URL(),
 		Need:   "atomic create-if-absent (PUT with If-None-Match: *)",
 		Found:  found,
-		Remedy: "use a store that has it, as Amazon S3 and current versions of other S3 servers do, and no proxy that drops the header",
+		Remedy: "use a store that has it, as Amazon S3 and current versions of other S3 servers do",
 	}
 }
 

@@ -385,25 +385,20 @@ func (s *s3Store) Stat(ctx context.Context, key string) (Object, error) {
 		}
 		return err
 	})
-	if errors.Is(err, ErrNotExist) && !s.reached.Load() {
-		// The answer to a HEAD has no body that would tell a missing object from a missing bucket.
-		if err := s.statBucket(ctx); errors.Is(err, ErrNoBucket) || isTransient(err) || ctx.Err() != nil {
-			return Object{}, err
+	unclear := errors.Is(err, ErrNotExist) && !s.reached.Load() || err != nil && !errors.Is(err, ErrNotExist) && !isTransient(err)
+	if unclear && ctx.Err() == nil {
+		// The answer to a HEAD has no body that would tell a missing object from a missing bucket or a wrong region.
+		for _, why := range s.pages(ctx, key, "", nil) {
+			if e, ok := errors.AsType[*Error](why); ok {
+				e.Op, e.Key = "stat", key
+			}
+			if why != nil {
+				return Object{}, why
+			}
+			break
 		}
-		s.reached.Store(true)
 	}
 	return o, err
-}
-
-func (s *s3Store) statBucket(ctx context.Context) error {
-	return s.do(ctx, "stat", "", func(w *watchdog) error {
-		defer w.stop()
-		_, err := s.client.HeadBucket(w.ctx, &s3.HeadBucketInput{Bucket: &s.bucket})
-		if status, _ := httpStatus(err); status == http.StatusNotFound {
-			return s.noBucket("stat", "", err)
-		}
-		return err
-	})
 }
 
 // pages walks the pages of ListObjectsV2.

@@ -139,12 +139,12 @@ func (s *s3Store) serverError(op, key string, status int, code, message, request
 	}
 	switch code {
 	case "NoSuchBucket":
-		return is(ErrNoBucket, s.noBucketHint())
+		return is(ErrNoBucket, "create the bucket "+s.bucket+" first, or correct the repository's URL, endpoint or region")
 	case "NoSuchUpload":
 		return is(errTaken, "")
 	case "PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException":
 		return is(ErrRegion, "set the repository's region to that of the bucket "+s.bucket)
-	case "InvalidAccessKeyId":
+	case "InvalidAccessKeyId", "XAdminUserNotFound": // the latter from versitygw
 		return is(ErrAccess, "the store does not know the access key: check AWS_ACCESS_KEY_ID, and that the endpoint is the right one")
 	case "SignatureDoesNotMatch":
 		return is(ErrAccess, "the secret key does not belong to the access key: check AWS_SECRET_ACCESS_KEY")
@@ -156,7 +156,7 @@ func (s *s3Store) serverError(op, key string, status int, code, message, request
 	switch {
 	case slices.Contains(transientCodes, code):
 		e.transient = true
-	case status == http.StatusNotFound:
+	case status == http.StatusNotFound && slices.Contains([]string{"", "NoSuchKey", "NotFound"}, code): // any other is not about the object
 		e.Err = ErrNotExist
 	case status == http.StatusPreconditionFailed:
 		return is(errTaken, "")
@@ -177,14 +177,6 @@ func (s *s3Store) serverError(op, key string, status int, code, message, request
 	return e
 }
 
-func (s *s3Store) noBucketHint() string {
-	return "create the bucket " + s.bucket + " first, or correct the repository's URL, endpoint or region"
-}
-
-func (s *s3Store) noBucket(op, key string, err error) *Error {
-	return &Error{Op: op, Key: key, Store: s.URL(), Err: fmt.Errorf("%w: %w", ErrNoBucket, shortCause(err)), Hint: s.noBucketHint()}
-}
-
 // explainConnection judges an error without an answer.
 func (s *s3Store) explainConnection(e *Error) {
 	err := e.Err
@@ -195,7 +187,7 @@ func (s *s3Store) explainConnection(e *Error) {
 		e.Hint = "is the endpoint spelt right? Where the store does not know buckets as host names, set use_path_style"
 		return
 	}
-	if _, ok := errors.AsType[tls.RecordHeaderError](err); ok {
+	if errors.Is(err, http.ErrSchemeMismatch) {
 		e.Hint = "the endpoint answers without TLS: is it http:// rather than https://?"
 		return
 	}
@@ -214,7 +206,7 @@ func (s *s3Store) explainConnection(e *Error) {
 		e.transient = true
 		return
 	}
-	e.transient = errors.Is(err, io.EOF) || transientCause(err)
+	e.transient = errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || transientCause(err)
 }
 
 // shortCause leaves the SDK's layers out of an error: they name its packages, not the user's things.
