@@ -1,0 +1,235 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/objectstore"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/postgres"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/repository"
+)
+
+// ---- pgark ----------------------------------------------------------------------------------------------------------
+
+type pgark struct {
+	w        *world
+	binary   string
+	layout   job.Layout
+	instance string
+	env      []string
+}
+
+func (w *world) newPgark() (*pgark, error) {
+	p := &pgark{w: w, layout: job.Layout{Root: filepath.Join(w.dir, "guest")}, instance: fmt.Sprintf("bench-%d", w.port)}
+	p.binary = filepath.Join(w.dir, "pgark") // the checkout may not be readable for the postgres user
+	b, err := os.ReadFile("bin/pgark")
+	if err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(p.binary, b, 0o755); err != nil {
+		return nil, err
+	}
+	endpoint := fmt.Sprintf("https://localhost:%d", w.s3Port)
+	p.env = []string{"PGARK_ROOT=" + p.layout.Root, "AWS_ACCESS_KEY_ID=bench", "AWS_SECRET_ACCESS_KEY=" + w.secret, "AWS_REGION=us-east-1",
+		"AWS_ENDPOINT_URL=" + endpoint, "AWS_CA_BUNDLE=" + w.certFile()}
+	control, err := postgres.ReadControl(w.data)
+	if err != nil {
+		return nil, err
+	}
+	major, err := postgres.ReadMajor(w.data)
+	if err != nil {
+		return nil, err
+	}
+	j := &job.Job{Format: job.Format, Name: "bench", Host: "localhost", Enabled: true,
+		Repository: job.Repository{URL: "s3://pgark/repository", Region: "us-east-1", Endpoint: endpoint, UsePathStyle: true},
+		Protected: []job.Instance{{Name: p.instance, DataDirectory: w.data, SocketDirectory: w.socket, Port: w.port, Owner: "postgres",
+			DatabaseUser: "postgres", Version: major, SystemID: control.SystemID}}}
+	j.ApplyDefaults()
+	for _, d := range []string{p.layout.JobsDirectory(), p.layout.StateDirectory("bench", p.instance), p.layout.RunDirectory("bench"), filepath.Dir(p.layout.LogFile("bench", p.instance))} {
+		if err := w.ownedDir(d); err != nil {
+			return nil, err
+		}
+	}
+	if err := w.writeAsPostgres(p.layout.JobFile("bench"), j.Encode()); err != nil {
+		return nil, err
+	}
+	// The store is opened in this process, which learns of the server's certificate as the runner does.
+	if err := os.Setenv("AWS_CA_BUNDLE", w.certFile()); err != nil {
+		return nil, err
+	}
+	store, err := objectstore.Open(w.ctx, j.Location(&objectstore.Credentials{AccessKeyID: "bench", SecretAccessKey: w.secret}), objectstore.Options{})
+	if err != nil {
+		return nil, err
+	}
+	if _, _, err := repository.Create(w.ctx, store, nil); err != nil {
+		return nil, err
+	}
+	daemon := exec.Command(p.binary, "run", "--job", "bench", "--instance", p.instance)
+	daemon.Env = append(os.Environ(), p.env...)
+	daemon.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: w.uid, Gid: w.gid}}
+	logFile, err := os.Create(filepath.Join(w.dir, "pgark.log"))
+	if err != nil {
+		return nil, err
+	}
+	daemon.Stdout, daemon.Stderr = logFile, logFile
+	if err := daemon.Start(); err != nil {
+		return nil, err
+	}
+	w.resident = append(w.resident, daemon)
+	for range 100 {
+		if _, err := os.Stat(p.layout.Socket("bench", p.instance)); err == nil {
+			break
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	// archive_command stands in postgresql.conf, so that resetting ALTER SYSTEM's value resumes archiving.
+	conf, err := os.OpenFile(filepath.Join(w.data, "postgresql.conf"), os.O_APPEND|os.O_WRONLY, 0)
+	if err != nil {
+		return nil, err
+	}
+	_, err = fmt.Fprintf(conf, "archive_command = 'PGARK_ROOT=%s %s'\n", p.layout.Root, strings.Replace(p.layout.ArchiveCommand("bench", p.instance), p.layout.BinaryLink(), p.binary, 1))
+	if err := errors.Join(err, conf.Close()); err != nil {
+		return nil, err
+	}
+	return p, w.resumeArchiving()
+}
+
+func (p *pgark) name() string { return "pgark" }
+
+func (p *pgark) version() string {
+	cmd := exec.Command(p.binary, "version")
+	out, err := cmd.Output()
+	if err != nil {
+		return "?"
+	}
+	return strings.TrimPrefix(strings.TrimSpace(strings.SplitN(string(out), "\n", 2)[0]), "pgark ")
+}
+
+func (p *pgark) settings() string { return "defaults, not encrypted; the resident runner is counted" }
+
+func (p *pgark) command(args ...string) command {
+	return command{argv: append([]string{p.binary}, args...), env: p.env}
+}
+
+func (p *pgark) full() command {
+	return p.command("image", "--job", "bench", "--instance", p.instance, "--kind", "full")
+}
+
+func (p *pgark) increment() command {
+	return p.command("image", "--job", "bench", "--instance", p.instance)
+}
+
+func (p *pgark) push(segment string) command {
+	c := p.command("wal", "push", "--job", "bench", "--instance", p.instance, "pg_wal/"+segment)
+	c.dir = p.w.data
+	return c
+}
+
+func (p *pgark) restore(dir string) command {
+	return p.command("restore", "--job", "bench", "--instance", p.instance, "--latest", "--data-directory", dir)
+}
+
+func (p *pgark) stored() int64 { n, _ := treeSize(filepath.Join(p.w.dir, "s3/pgark")); return n }
+
+// ---- pgBackRest -----------------------------------------------------------------------------------------------------
+
+type pgBackRest struct {
+	w      *world
+	config string
+}
+
+// newPgBackRest prepares the peer in its root: the directories that it works on are mounted there under the same names.
+func (w *world) newPgBackRest() (*pgBackRest, error) {
+	p := &pgBackRest{w: w, config: filepath.Join(w.dir, "pgbackrest.conf")}
+	inside := filepath.Join(w.peerRoot, w.dir)
+	for _, m := range []struct{ from, to string }{{w.dir, inside}, {"/proc", filepath.Join(w.peerRoot, "proc")}, {"/dev", filepath.Join(w.peerRoot, "dev")}} {
+		if err := os.MkdirAll(m.to, 0o755); err != nil {
+			return nil, err
+		}
+		if err := syscall.Mount(m.from, m.to, "", syscall.MS_BIND|syscall.MS_REC, ""); err != nil {
+			return nil, fmt.Errorf("mount %s in the peer's root: %w", m.from, err)
+		}
+		w.mounts = append(w.mounts, m.to)
+	}
+	for _, d := range []string{"peer/lock", "peer/spool", "peer/log"} {
+		if err := w.ownedDir(filepath.Join(w.dir, d)); err != nil {
+			return nil, err
+		}
+	}
+	conf := fmt.Sprintf(`[global]
+repo1-type=s3
+repo1-path=/repository
+repo1-s3-bucket=peer
+repo1-s3-endpoint=localhost
+repo1-storage-port=%d
+repo1-s3-key=bench
+repo1-s3-key-secret=%s
+repo1-s3-region=us-east-1
+repo1-s3-uri-style=path
+repo1-storage-ca-file=%s
+repo1-retention-full=100
+repo1-bundle=y
+repo1-block=y
+lock-path=%[4]s/lock
+spool-path=%[4]s/spool
+log-path=%[4]s/log
+log-level-file=off
+log-level-console=warn
+archive-check=n
+archive-async=y
+start-fast=y
+process-max=2
+compress-type=zst
+compress-level=3
+[bench]
+pg1-path=%[5]s
+pg1-port=%[6]d
+pg1-socket-path=%[7]s
+pg1-user=postgres
+`, w.s3Port, w.secret, w.certFile(), filepath.Join(w.dir, "peer"), w.data, w.port, w.socket)
+	if err := w.writeAsPostgres(p.config, []byte(conf)); err != nil {
+		return nil, err
+	}
+	return p, w.runAsPostgres(p.command("--no-online", "stanza-create"))
+}
+
+func (p *pgBackRest) name() string { return "pgBackRest" }
+
+func (p *pgBackRest) version() string {
+	out, err := exec.Command("chroot", p.w.peerRoot, "pgbackrest", "version").Output()
+	if err != nil {
+		return "?"
+	}
+	return strings.TrimPrefix(strings.TrimSpace(string(out)), "pgBackRest ")
+}
+
+func (p *pgBackRest) settings() string {
+	return "zst level 3, two processes, bundles, block incremental, asynchronous archiving, not encrypted"
+}
+
+func (p *pgBackRest) command(args ...string) command {
+	argv := append([]string{"/usr/bin/pgbackrest", "--config=" + p.config, "--stanza=bench"}, args...)
+	return command{argv: argv, chroot: p.w.peerRoot}
+}
+
+func (p *pgBackRest) full() command      { return p.command("--type=full", "backup") }
+func (p *pgBackRest) increment() command { return p.command("--type=incr", "backup") }
+
+func (p *pgBackRest) push(segment string) command {
+	c := p.command("archive-push", "pg_wal/"+segment)
+	c.dir = p.w.data
+	return c
+}
+
+func (p *pgBackRest) restore(dir string) command {
+	return p.command("--pg1-path="+dir, "--type=none", "restore")
+}
+
+func (p *pgBackRest) stored() int64 { n, _ := treeSize(filepath.Join(p.w.dir, "s3/peer")); return n }
