@@ -61,22 +61,7 @@ need_cli() {
   command -v tofu >/dev/null && return
   [ -x "$tools/bin/tofu" ] && return
   say "neither terraform nor tofu is on PATH: building OpenTofu from its Go module (once, about 10 minutes)"
-  local dir version=v1.12.6
-  dir=$(mktemp -d)
-  (
-    cd "$dir"
-    go mod init pgark-opentofu 2>/dev/null
-    go mod edit -require "github.com/opentofu/opentofu@$version"
-    # A module's own replace directives count only in the main module, so they are repeated here.
-    go mod edit -json "$(go mod download -json "github.com/opentofu/opentofu@$version" | sed -n 's/.*"GoMod": "\(.*\)".*/\1/p')" |
-      sed -n '/"Replace"/,$p' | tr -d ' \n\t' | grep -oE '\{"Old":\{[^}]*\},"New":\{[^}]*\}\}' |
-      sed -E 's/.*"Old":\{"Path":"([^"]*)"(,"Version":"([^"]*)")?\},"New":\{"Path":"([^"]*)","Version":"([^"]*)".*/\1@\3=\4@\5/; s/@=/=/' |
-      while read -r r; do go mod edit -replace "$r"; done
-    printf 'package main\n\nimport _ "github.com/opentofu/opentofu/version"\n\nfunc main() {}\n' >main.go
-    go mod tidy >/dev/null 2>&1
-    CGO_ENABLED=0 go build -mod=mod -o "$tools/bin/tofu" github.com/opentofu/opentofu/cmd/tofu
-  )
-  rm -rf "$dir"
+  (cd tools/opentofu && CGO_ENABLED=0 go build -o "$tools/bin/tofu" github.com/opentofu/opentofu/cmd/tofu)
 }
 
 need_s3() { need_go_tool versitygw github.com/versity/versitygw/cmd/versitygw; }
