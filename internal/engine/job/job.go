@@ -2,12 +2,23 @@
 //
 // A job file (Layout.JobFile) describes what one pgark_postgresql_backup_job declares, as resolved on its guest: it
 // names the instances with their directories. It holds no secret; credentials stand in a file of their own
-// (Layout.CredentialsFile). The package parses and checks; it does not act.
+// (Layout.CredentialsFile, credentials.go). The package parses and checks; it does not act.
+//
+// wal.mode "continuous" ships every segment as soon as PostgreSQL has filled it; "interval" also closes a segment that is
+// older than wal.interval. wal.max_lag is kept for streaming the unfilled tail, which this build does not do.
 package job
 
 import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path"
 	"time"
 
+	"github.com/pgark/terraform-provider-pgark/internal/engine/objectstore"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/postgres"
 )
 
@@ -119,18 +130,111 @@ func (d *Duration) UnmarshalText(b []byte) error {
 	return nil
 }
 
-// Parse reads a job file and validates it. A newer format is refused with both numbers named.
-func Parse(b []byte) (*Job, error) { panic("unimplemented") }
+// FormatError says that a job file was written by a newer pgark.
+type FormatError struct {
+	Name  string // of the job, as far as the file tells
+	Found int
+}
+
+func (e *FormatError) Error() string {
+	return fmt.Sprintf("job %s: the job file has format %d, this pgark reads up to format %d: a newer pgark wrote it", e.Name, e.Found, Format)
+}
+
+// Parse reads a job file, applies the defaults and validates it. A newer format is refused with a *FormatError. A field
+// that this format does not know is refused too: a job file says what is protected, and half of that must not be
+// overlooked because of a letter.
+func Parse(b []byte) (*Job, error) {
+	var head struct {
+		Format int    `json:"format"`
+		Name   string `json:"name"`
+	}
+	if err := json.Unmarshal(b, &head); err != nil {
+		return nil, fmt.Errorf("read job file: %w", err)
+	}
+	if head.Format > Format {
+		return nil, &FormatError{Name: head.Name, Found: head.Format}
+	}
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.DisallowUnknownFields()
+	j := new(Job)
+	if err := d.Decode(j); err != nil {
+		return nil, fmt.Errorf("job %s: read job file: %w", head.Name, err)
+	}
+	j.ApplyDefaults()
+	if err := j.Validate(); err != nil {
+		return nil, err
+	}
+	return j, nil
+}
+
+// Load reads and parses the job file of the named job; fs.ErrNotExist if there is none.
+func Load(l Layout, name string) (*Job, error) {
+	b, err := os.ReadFile(l.JobFile(name))
+	if err != nil {
+		return nil, fmt.Errorf("job %s: %w", name, err)
+	}
+	j, err := Parse(b)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", l.JobFile(name), err)
+	}
+	if j.Name != name {
+		return nil, fmt.Errorf("%s: found the job %q, expected %q as the file's name says", l.JobFile(name), j.Name, name)
+	}
+	return j, nil
+}
 
 // Encode writes the canonical form: the same Job always gives the same bytes.
-func (j *Job) Encode() []byte { panic("unimplemented") }
+func (j *Job) Encode() []byte {
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false) // a schedule or a URL is read by people
+	e.SetIndent("", "  ")
+	if err := e.Encode(j); err != nil {
+		panic("job: internal error: " + err.Error()) // plain data: no field can fail to encode
+	}
+	return b.Bytes()
+}
 
-// Digest is the SHA-256 of the canonical form without WALRetention: the config_sha256 that plans compare.
-func (j *Job) Digest() string { panic("unimplemented") }
+// Digest is the SHA-256 of the canonical form without WALRetention, in hexadecimal: the config_sha256 that plans compare.
+func (j *Job) Digest() string {
+	c := *j
+	c.WALRetention = nil
+	sum := sha256.Sum256(c.Encode())
+	return hex.EncodeToString(sum[:])
+}
 
-// Validate reports everything that is wrong, joined, each as "job orders: image.schedule "0 25 * * *": hour 25 is not in 0–23".
-func (j *Job) Validate() error { panic("unimplemented") }
+// Instance returns the protected instance of that name.
+func (j *Job) Instance(name string) (Instance, bool) {
+	for _, i := range j.Protected {
+		if i.Name == name {
+			return i, true
+		}
+	}
+	return Instance{}, false
+}
 
-// Next returns the first time after t that the image schedule names, in the schedule's time zone; the zero time if the
-// schedule is empty.
-func (i Image) Next(t time.Time) (time.Time, error) { panic("unimplemented") }
+// Location says where the job's repository is, with the given credentials (nil: the AWS chain).
+func (j *Job) Location(c *objectstore.Credentials) objectstore.Location {
+	return objectstore.Location{
+		URL:          j.Repository.URL,
+		Region:       j.Repository.Region,
+		Endpoint:     j.Repository.Endpoint,
+		UsePathStyle: j.Repository.UsePathStyle,
+		StorageClass: j.Repository.StorageClass,
+		Credentials:  c,
+	}
+}
+
+// Match reports whether the selection picks the instance of that name. A pattern that is malformed picks nothing;
+// Validate reports it.
+func (s Selection) Match(name string) bool {
+	any := func(patterns []string) bool {
+		for _, p := range patterns {
+			if ok, err := path.Match(p, name); err == nil && ok {
+				return true
+			}
+		}
+		return false
+	}
+	return any(s.Include) && !any(s.Exclude)
+}
