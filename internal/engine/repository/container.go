@@ -63,7 +63,7 @@ const (
 	MaxPackSize = 64 << 20
 
 	maxStreamRaw = 4 << 20  // bytes in a frame of a manifest or WAL object
-	maxMapRaw    = 64 << 20 // bytes of one encoded segment map: a file of a few TiB
+	maxMapRaw    = 32 << 20 // bytes of one encoded segment map: a file of about 1 TiB
 )
 
 // maxRaw is the most bytes that a frame may hold before compression.
