@@ -1,0 +1,275 @@
+package daemon
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/pgark/terraform-provider-pgark/internal/engine/daemon/control"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/postgres"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/repository"
+)
+
+const (
+	// lookAgain bounds every sleep: a clock that was set, or a machine that slept, is noticed within it.
+	lookAgain = time.Minute
+
+	// serverAway is the wait before an image is tried again because PostgreSQL does not run. It takes no attempt away:
+	// a restart is no failure of a backup.
+	serverAway = 15 * time.Second
+
+	// firstImageAgain is the wait after all attempts at a job's first image failed and no schedule names another time.
+	firstImageAgain = time.Hour
+)
+
+// images takes a protection's images, one at a time: when the schedule says, and on demand.
+type images struct {
+	p      *protection
+	demand chan *taking  // capacity 1, filled under mu only when current is nil
+	wake   chan struct{} // capacity 1: the job file may say something else
+
+	mu          sync.Mutex // guards what follows
+	current     *taking
+	next        time.Time // what the loop waits for; zero: nothing
+	last        *repository.ImageInfo
+	lastError   string
+	lastErrorAt time.Time
+}
+
+// taking is one image being taken.
+type taking struct {
+	done chan struct{} // Closed when info or err is set.
+	info *repository.ImageInfo
+	err  error
+
+	mu       sync.Mutex // guards progress
+	progress string
+}
+
+func (t *taking) show(line string) {
+	t.mu.Lock()
+	t.progress = line
+	t.mu.Unlock()
+}
+
+func (t *taking) shown() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.progress
+}
+
+func newImages(p *protection) (*images, error) {
+	return &images{p: p, demand: make(chan *taking, 1), wake: make(chan struct{}, 1)}, nil
+}
+
+func (m *images) reconsider() {
+	select {
+	case m.wake <- struct{}{}:
+	default:
+	}
+}
+
+// request starts an image, or joins the one that is being taken.
+func (m *images) request() *taking {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.current == nil {
+		m.current = &taking{done: make(chan struct{})}
+		m.demand <- m.current
+	}
+	return m.current
+}
+
+// begin claims the right to take an image for the schedule; nil when a demand came first.
+func (m *images) begin() *taking {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.current != nil {
+		return nil
+	}
+	m.current = &taking{done: make(chan struct{})}
+	return m.current
+}
+
+// run takes images until ctx ends.
+func (m *images) run(ctx context.Context) {
+	plan := m.plan(ctx)
+	var failures int    // of the scheduled image that is due, in a row
+	var again time.Time // of the next attempt at it
+	var excused bool    // the latest failure was PostgreSQL not running
+	for ctx.Err() == nil {
+		c, _ := m.p.d.current()
+		now := time.Now()
+		at := plan.due(c.job, now)
+		if !again.IsZero() && c.job.Enabled {
+			at = again
+		}
+		m.mu.Lock()
+		m.next = at
+		m.mu.Unlock()
+
+		sleep := lookAgain
+		if !at.IsZero() {
+			sleep = max(min(sleep, at.Sub(now)), 0)
+		}
+		timer := time.NewTimer(sleep)
+		var t *taking
+		select {
+		case <-ctx.Done():
+		case <-m.wake:
+			c, _ = m.p.d.current()
+			plan.changed(c.job)
+		case t = <-m.demand:
+			err := m.take(ctx, t)
+			if err == nil {
+				plan.taken()
+				failures, again = 0, time.Time{}
+			}
+		case <-timer.C:
+			if at.IsZero() || time.Now().Before(at) {
+				break
+			}
+			if t = m.begin(); t == nil {
+				break
+			}
+			if again.IsZero() {
+				plan.consider(now)
+			}
+			err := m.take(ctx, t)
+			switch wait := max(time.Duration(c.job.Image.Retry.Wait), time.Second); {
+			case err == nil:
+				plan.taken()
+				failures, again, excused = 0, time.Time{}, false
+			case ctx.Err() != nil:
+			case postgres.IsNotRunning(err):
+				if !excused {
+					m.p.d.log.Warn("the image waits for PostgreSQL to run", "error", err)
+				}
+				again, excused = time.Now().Add(serverAway), true
+			case failures+1 < max(c.job.Image.Retry.Attempts, 1):
+				failures++
+				again, excused = time.Now().Add(wait), false
+				m.p.d.log.Warn("the image will be tried again", "attempt", failures+1, "of", c.job.Image.Retry.Attempts, "at", again.Format(time.RFC3339))
+			default:
+				m.p.d.log.Error("the image failed for good: the next one is due as scheduled", "attempts", failures+1, "error", err)
+				failures, again, excused = 0, time.Time{}, false
+				plan.failed(time.Now())
+			}
+		}
+		timer.Stop()
+	}
+	// A demand that came too late is answered all the same.
+	select {
+	case t := <-m.demand:
+		m.finish(t, nil, context.Cause(ctx))
+	default:
+	}
+}
+
+// take takes one image and does what follows from it.
+func (m *images) take(ctx context.Context, t *taking) error {
+	m.p.d.log.Info("image started", "series", m.p.series.ID().String())
+	info, err := m.p.takeImage(ctx, t.show)
+	if ctx.Err() != nil && err != nil {
+		err = fmt.Errorf("%w: %w", context.Cause(ctx), err)
+	}
+	m.finish(t, info, err)
+	if err != nil {
+		m.p.d.log.Error("image failed", "error", err)
+		return err
+	}
+	m.p.d.log.Info("image done", "id", info.SID.String(), "kind", info.Kind, "start_lsn", info.StartLSN.String(), "stop_lsn", info.StopLSN.String(),
+		"source_bytes", info.SourceBytes, "read_bytes", info.ReadBytes, "stored_bytes", info.StoredBytes)
+	if info.CorruptPages > 0 {
+		m.p.d.log.Error("the image holds pages whose checksums are wrong: look at the database's disk", "id", info.SID.String(), "corrupt_pages", info.CorruptPages)
+	}
+	if err := m.p.shipper.EndSession(ctx); err != nil {
+		m.p.d.log.Warn("the account of wal shipping goes into the next session's", "error", err)
+	}
+	m.p.retain(ctx)
+	return nil
+}
+
+func (m *images) finish(t *taking, info *repository.ImageInfo, err error) {
+	m.mu.Lock()
+	m.current = nil
+	switch {
+	case err == nil:
+		m.last, m.lastError, m.lastErrorAt = info, "", time.Time{}
+	default:
+		m.lastError, m.lastErrorAt = err.Error(), time.Now()
+	}
+	m.mu.Unlock()
+	t.info, t.err = info, err
+	close(t.done)
+}
+
+func (m *images) status() control.ImageStatus {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	s := control.ImageStatus{Running: m.current != nil, LastError: m.lastError}
+	if m.current != nil {
+		s.Progress = m.current.shown()
+	}
+	if !m.next.IsZero() {
+		next := m.next
+		s.Next = &next
+	}
+	if m.last != nil {
+		s.LastID = m.last.SID.String()
+		at := m.last.CompletedAt
+		s.LastAt = &at
+	}
+	if !m.lastErrorAt.IsZero() {
+		at := m.lastErrorAt
+		s.LastErrorAt = &at
+	}
+	return s
+}
+
+// image answers the request for an image: it takes one, or waits for the one that is being taken.
+func (d *daemon) image(ctx context.Context, progress func(string) error) control.Answer {
+	waiting, cancel := context.WithTimeoutCause(ctx, answerAfter, errors.New("the runner is still opening the repository"))
+	defer cancel()
+	p, err := d.ready(waiting)
+	if err != nil {
+		return control.Fail(fmt.Errorf("take an image: %w", err))
+	}
+	t := p.images.request()
+	tick := time.NewTicker(250 * time.Millisecond)
+	defer tick.Stop()
+	shown := ""
+	for {
+		select {
+		case <-t.done:
+			if t.err != nil {
+				return control.Fail(t.err)
+			}
+			b, err := json.Marshal(t.info)
+			if err != nil {
+				return control.Fail(err)
+			}
+			return control.Answer{OK: true, Image: b}
+		case <-tick.C:
+			if line := t.shown(); line != shown {
+				shown = line
+				if progress(line) != nil {
+					return control.Answer{} // nobody listens; the image goes on
+				}
+			}
+		case <-p.ctx.Done():
+			select {
+			case <-t.done:
+			case <-time.After(grace):
+				return control.Fail(fmt.Errorf("take an image: %w", context.Cause(p.ctx)))
+			}
+		}
+	}
+}
+
+// scheduleOf is what makes a plan void when it changes.
+func scheduleOf(j *job.Job) string { return j.Image.Schedule + " " + j.Image.Timezone }

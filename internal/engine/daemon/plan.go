@@ -1,0 +1,120 @@
+package daemon
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
+)
+
+// plan decides when an image is due. What it must remember over a restart of the runner lies in a file, so that an
+// image that was missed meanwhile is made up for, once.
+type plan struct {
+	file string
+	log  *slog.Logger
+	memory
+	hasImage bool      // the series has a live image
+	notUntil time.Time // no first image before
+}
+
+// memory is the file: image-schedule.json in the state directory. Losing it means that a missed image is not noticed
+// when the series has none yet.
+type memory struct {
+	ConsideredAt time.Time `json:"considered_at"` // the schedule is settled up to here
+	Schedule     string    `json:"schedule"`      // under which it was considered
+}
+
+// plan reads what is remembered, and what the series has.
+func (m *images) plan(ctx context.Context) *plan {
+	c, _ := m.p.d.current()
+	p := &plan{
+		file: filepath.Join(m.p.d.o.Layout.StateDirectory(m.p.d.o.Job, m.p.d.o.Instance), "image-schedule.json"),
+		log:  m.p.d.log,
+	}
+	b, err := os.ReadFile(p.file)
+	if err == nil {
+		err = json.Unmarshal(b, &p.memory)
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		p.log.Warn("what the schedule was last considered for is not known", "error", err)
+	}
+	head, err := m.p.series.Head(ctx)
+	if err != nil {
+		// Better no first image than a second one: the schedule goes on.
+		p.log.Warn("look for images of the series", "error", err)
+		p.hasImage = true
+	} else if n := len(head.Images); n > 0 {
+		p.hasImage = true
+		newest := head.Images[n-1]
+		m.mu.Lock()
+		m.last = &newest
+		m.mu.Unlock()
+		if p.ConsideredAt.IsZero() {
+			p.ConsideredAt, p.Schedule = newest.StartedAt, scheduleOf(c.job)
+		}
+	}
+	p.changed(c.job)
+	return p
+}
+
+// due returns when the next image is to be taken; the zero time for never.
+func (p *plan) due(j *job.Job, now time.Time) time.Time {
+	if !j.Enabled {
+		return time.Time{}
+	}
+	next, err := j.Image.Next(p.ConsideredAt)
+	if err != nil {
+		p.log.Error("image schedule", "error", err) // Parse has checked it
+		next = time.Time{}
+	}
+	if j.Image.OnCreate && !p.hasImage {
+		first := now
+		if p.notUntil.After(now) {
+			first = p.notUntil
+		}
+		if next.IsZero() || first.Before(next) {
+			return first
+		}
+	}
+	return next
+}
+
+// changed starts to count from now where the schedule is another one than before: times that it would have named in the
+// past were not missed.
+func (p *plan) changed(j *job.Job) {
+	if p.ConsideredAt.IsZero() || p.Schedule != scheduleOf(j) {
+		p.ConsideredAt, p.Schedule = time.Now(), scheduleOf(j)
+		p.save()
+	}
+}
+
+// consider settles the schedule up to now, before the image that is due is taken.
+func (p *plan) consider(now time.Time) {
+	p.ConsideredAt = now
+	p.save()
+}
+
+// taken notes an image, of the schedule or on demand.
+func (p *plan) taken() { p.hasImage = true }
+
+// failed notes that all attempts failed.
+func (p *plan) failed(now time.Time) { p.notUntil = now.Add(firstImageAgain) }
+
+func (p *plan) save() {
+	b, err := json.Marshal(p.memory)
+	if err == nil {
+		temp := p.file + ".new"
+		if err = os.WriteFile(temp, append(b, '\n'), 0o600); err == nil {
+			err = os.Rename(temp, p.file)
+		}
+	}
+	if err != nil {
+		p.log.Warn("remember what the schedule was considered for", "error", err)
+	}
+}
