@@ -155,11 +155,22 @@ func Run(ctx context.Context, o Options) error {
 	})
 	<-ctx.Done()
 	d.log.Info("runner stops")
-	working.Wait()
-	stopServing()
-	l.Close()
-	serving.Wait()
-	d.log.Info("runner stopped")
+	ended := make(chan struct{})
+	go func() {
+		working.Wait()
+		stopServing()
+		l.Close()
+		serving.Wait()
+		close(ended)
+	}()
+	select {
+	case <-ended:
+		d.log.Info("runner stopped")
+	case <-time.After(2 * grace):
+		// The repository is away, mostly. What is left undone there, the next run ends (protection.go, Evict).
+		l.Close()
+		d.log.Warn("runner stopped before all that went on had ended")
+	}
 	return nil
 }
 
