@@ -4,8 +4,8 @@
 // names the instances with their directories. It holds no secret; credentials stand in a file of their own
 // (Layout.CredentialsFile, credentials.go). The package parses and checks; it does not act.
 //
-// wal.mode "continuous" ships every segment as soon as PostgreSQL has filled it; "interval" also closes a segment that is
-// older than wal.interval. wal.max_lag is kept for streaming the unfilled tail, which this build does not do.
+// Both values of wal.mode ship a segment as soon as PostgreSQL has filled it. wal.interval is the delay that statistics
+// judge by; wal.max_lag is kept for streaming the unfilled tail, which this build does not do.
 package job
 
 import (

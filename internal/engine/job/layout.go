@@ -74,6 +74,9 @@ func (l Layout) SettingsFile(job, instance string) string {
 	return filepath.Join(l.StateDirectory(job, instance), "settings.json")
 }
 
+// RunRoot is the parent of all run directories.
+func (l Layout) RunRoot() string { return l.path("run/pgark") }
+
 // RunDirectory holds sockets and process ids.
 func (l Layout) RunDirectory(job string) string { return l.path("run/pgark", job) }
 
@@ -91,6 +94,26 @@ func (l Layout) PIDFile(job, instance string) string {
 func (l Layout) LogFile(job, instance string) string {
 	return l.path("var/log/pgark", job, instance+".log")
 }
+
+// LogDirectory holds the job's logs where there is no systemd.
+func (l Layout) LogDirectory(job string) string { return l.path("var/log/pgark", job) }
+
+// LogRoot is the parent of all log directories.
+func (l Layout) LogRoot() string { return l.path("var/log/pgark") }
+
+// Unit is the systemd unit of an instance's runner, where there is systemd.
+func (l Layout) Unit(job, instance string) string { return "pgark@" + job + "-" + instance + ".service" }
+
+// UnitFile is where Unit is written.
+func (l Layout) UnitFile(job, instance string) string {
+	return l.path("etc/systemd/system", l.Unit(job, instance))
+}
+
+// DebianClusters is where Debian keeps the configuration of clusters, <major>/<name>/postgresql.conf.
+func (l Layout) DebianClusters() string { return l.path("etc/postgresql") }
+
+// RedHatClusters is where packages for Red Hat put data directories, <major>/data.
+func (l Layout) RedHatClusters() string { return l.path("var/lib/pgsql") }
 
 // ArchiveCommand is the setting that PostgreSQL gets.
 func (l Layout) ArchiveCommand(job, instance string) string {
