@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/objectstore"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/postgres"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/repository"
@@ -54,7 +55,7 @@ func (d *daemon) open(ctx context.Context, c config) (*protection, error) {
 	if err != nil {
 		return nil, err
 	}
-	machine, err := machineID(d.o.Layout)
+	machine, err := job.MachineID(d.o.Layout)
 	if err != nil {
 		return nil, err
 	}

@@ -2,9 +2,12 @@ package daemon
 
 import (
 	"context"
+	"time"
 
 	"github.com/pgark/terraform-provider-pgark/internal/engine/image"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/repository"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/retention"
 )
 
 // takeImage takes one image, as the job file says now.
@@ -23,4 +26,29 @@ func (p *protection) takeImage(ctx context.Context, progress func(line string)) 
 	return &info, nil
 }
 
-func (p *protection) retain(ctx context.Context) {}
+// retain applies what the job declares to be kept, after an image, when the guest is to do it. Without any declaration
+// nothing is deleted but what images that failed have left behind.
+func (p *protection) retain(ctx context.Context) {
+	c, _ := p.d.current()
+	declared := c.job.WALRetention
+	if declared != nil && declared.EnforcedBy != "guest" {
+		return
+	}
+	if declared == nil && c.job.Image.Retention == (job.ImageRetention{}) {
+		collected, err := p.series.Collect(ctx, false)
+		if err != nil {
+			p.d.log.Warn("collect what failed images left: it is tried again after the next image", "error", err)
+		} else if collected.Objects > 0 {
+			p.d.log.Info("collected what failed images left", "objects", collected.Objects, "bytes", collected.Bytes)
+		}
+		return
+	}
+	r, err := retention.Run(ctx, p.series, retention.PolicyOf(c.job), time.Now)
+	if err != nil {
+		p.d.log.Error("retention: it is tried again after the next image", "error", err)
+	}
+	if r != nil && (len(r.ExpiredImages) > 0 || r.WALFiles > 0 || r.GarbageObjects > 0) {
+		p.d.log.Info("retention", "expired_images", r.ExpiredImages, "wal_files", r.WALFiles, "wal_bytes", r.WALBytes,
+			"garbage_objects", r.GarbageObjects, "garbage_bytes", r.GarbageBytes)
+	}
+}

@@ -336,10 +336,10 @@ func (f *Fetcher) sweep() {
 func (f *Fetcher) download(ctx context.Context, source Source, name string) (file string, err error) {
 	f.mu.Lock()
 	f.serial++
-	file = filepath.Join(f.o.Ring, "wal."+strconv.Itoa(f.serial)+"."+name)
+	path := filepath.Join(f.o.Ring, "wal."+strconv.Itoa(f.serial)+"."+name)
 	f.mu.Unlock()
-	// The client renames or copies it only after it was told that it is whole, so it needs no other name until then.
-	out, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	// The client moves it only after it was told that it is whole, so it needs no other name until then.
+	out, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return "", err
 	}
@@ -348,8 +348,7 @@ func (f *Fetcher) download(ctx context.Context, source Source, name string) (fil
 			err = e
 		}
 		if err != nil {
-			_ = os.Remove(file) // swept with the ring otherwise
-			file = ""
+			_ = os.Remove(path) // swept with the ring otherwise
 		}
 	}()
 	if err := f.giveAway(out); err != nil {
@@ -366,7 +365,7 @@ func (f *Fetcher) download(ctx context.Context, source Source, name string) (fil
 			f.mu.Unlock()
 		}
 	}
-	return file, nil
+	return path, nil
 }
 
 // giveAway makes the ring's owner the owner of a file: PostgreSQL keeps the file, and later writes into it.
