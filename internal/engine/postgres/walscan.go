@@ -71,6 +71,9 @@ type SegmentScan struct {
 	// the segment's end. 0 if none ends here.
 	End LSN
 
+	// Last is where the last of Records begins; 0 if there is none. Recovery to this position, inclusive, ends with it.
+	Last LSN
+
 	// Timeline is the one that wrote the last page: an ancestor of the name's where the segment holds only a copy.
 	Timeline Timeline
 
@@ -331,7 +334,7 @@ func (s *SegmentScanner) finish(body []byte, end LSN) {
 	}
 	s.previous = s.start
 	s.scan.Records++
-	s.scan.End = end
+	s.scan.Last, s.scan.End = s.start, end
 
 	info := h[recordInfo]
 	switch h[recordManager] {
