@@ -139,15 +139,10 @@ func dialIdentity(socket, owner string) (identity, error) {
 	}
 	var as identity
 	if owner == "" {
-		info, err := os.Stat(socket)
-		if err != nil {
+		var err error
+		if as.uid, as.gid, err = socketOwner(socket); err != nil {
 			return identity{}, err
 		}
-		st, ok := info.Sys().(*syscall.Stat_t)
-		if !ok {
-			return identity{}, fmt.Errorf("stat %s: the owner is not known", socket)
-		}
-		as = identity{uid: int(st.Uid), gid: int(st.Gid)}
 		if u, err := user.LookupId(strconv.Itoa(as.uid)); err == nil {
 			// The socket's group may be another one (unix_socket_group).
 			if gid, err := strconv.Atoi(u.Gid); err == nil {

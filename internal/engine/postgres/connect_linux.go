@@ -94,3 +94,12 @@ func rawSetID(trap uintptr, real, effective, saved uintptr) error {
 	}
 	return nil
 }
+
+// socketOwner tells who runs the server that listens on a socket.
+func socketOwner(path string) (uid, gid int, err error) {
+	var st syscall.Stat_t
+	if err := syscall.Stat(path, &st); err != nil {
+		return 0, 0, &os.PathError{Op: "stat", Path: path, Err: err}
+	}
+	return int(st.Uid), int(st.Gid), nil
+}

@@ -24,7 +24,9 @@ type Setting struct {
 }
 
 // FromAlterSystem tells whether the value comes from postgresql.auto.conf, that is from ALTER SYSTEM.
-func (s Setting) FromAlterSystem() bool { return strings.HasSuffix(s.SourceFile, "/postgresql.auto.conf") }
+func (s Setting) FromAlterSystem() bool {
+	return strings.HasSuffix(s.SourceFile, "/postgresql.auto.conf")
+}
 
 // Overrides tells whether ALTER SYSTEM is powerless, because the value was given on the command line.
 func (s Setting) Overrides() bool { return s.Source == "command line" }
@@ -370,8 +372,10 @@ type FileProblem struct {
 // FileProblems reads what is wrong in the configuration files as they are now (pg_file_settings; superusers only, or by
 // grant). A problem in any of them makes a Reload change nothing at all, or leave out that line.
 func FileProblems(ctx context.Context, conn *pgx.Conn) ([]FileProblem, error) {
-	rows, err := conn.Query(ctx, `select coalesce(sourcefile, ''), coalesce(sourceline, 0), coalesce(name, ''), error
-		from pg_file_settings where error is not null and error <> 'setting could not be applied' order by seqno`)
+	// A setting that takes a restart is "could not be applied" too; that is no problem of the file.
+	rows, err := conn.Query(ctx, `select coalesce(f.sourcefile, ''), coalesce(f.sourceline, 0), coalesce(f.name, ''), f.error
+		from pg_file_settings f left join pg_settings s on s.name = f.name and s.context = 'postmaster'
+		where f.error is not null and (s.name is null or f.error <> 'setting could not be applied') order by f.seqno`)
 	if err != nil {
 		return nil, fmt.Errorf("read pg_file_settings: %w", err)
 	}
