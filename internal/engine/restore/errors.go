@@ -84,3 +84,41 @@ func (e *EndedEarlyError) Error() string {
 
 // Hint points at the server's log.
 func (e *EndedEarlyError) Hint() string { return "the server's log is " + e.Log }
+
+// NoSpaceError says that the files would not fit. Nothing was touched.
+type NoSpaceError struct{ Where []string }
+
+func (e *NoSpaceError) Error() string { return "not enough space: " + strings.Join(e.Where, "; ") }
+
+// NoServerError says that there is no PostgreSQL here to start.
+type NoServerError struct {
+	Major int
+	Tried []string
+}
+
+func (e *NoServerError) Error() string {
+	return fmt.Sprintf("no PostgreSQL %d on this machine: looked in %s", e.Major, strings.Join(e.Tried, ", "))
+}
+
+// Hint says how to get or to name one.
+func (e *NoServerError) Hint() string {
+	return fmt.Sprintf("install it (Debian, Ubuntu: apt-get install postgresql-%d), or name its directory with --bin-directory", e.Major)
+}
+
+// ServerError says that the server ended while it recovered, for a reason of its own.
+type ServerError struct {
+	Said  string // its last FATAL or PANIC
+	Fetch string // what restore_command said last
+	Log   string
+}
+
+func (e *ServerError) Error() string {
+	s := "the server ended while it recovered: " + e.Said
+	if e.Fetch != "" {
+		s += "; " + e.Fetch
+	}
+	return s
+}
+
+// Hint points at the server's log.
+func (e *ServerError) Hint() string { return "the server's log is " + e.Log }
