@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -20,6 +21,8 @@ import (
 // model is what an image must restore to: files by path.
 type model map[string][]byte
 
+const testSegment postgres.SegmentSize = 16 << 20
+
 // guest is a writer of images with what it must keep locally: its last image's maps.
 type guest struct {
 	s       *Series
@@ -28,6 +31,9 @@ type guest struct {
 	parent  SID
 	maps    map[string]*SegmentMap
 	refs    map[string]*FrameRef // of maps in map objects
+
+	segment func() uint64              // if set, the segment in which the next image starts and stops; it is put before the commit
+	finish  func(sid SID, files model) // if set, told what the image is to restore to before it can become live
 }
 
 // backUp takes an image of g.files: blocks that equal the parent's are kept, others written.
@@ -39,6 +45,10 @@ func (g *guest) backUp(ctx context.Context, rnd *rand.Rand, before model) (SID, 
 	sid, err := g.s.Begin(ctx, OpenSession{Kind: SessionImage, Parent: g.parent, Host: "db1"})
 	if err != nil {
 		return 0, err
+	}
+	start := postgres.LSN(sid) << 24
+	if g.segment != nil {
+		start = postgres.LSN(g.segment()) << 24
 	}
 	w, err := g.s.NewImageWriter(ctx, sid, g.parent, g.options)
 	if err != nil {
@@ -82,8 +92,17 @@ func (g *guest) backUp(ctx context.Context, rnd *rand.Rand, before model) (SID, 
 	if err != nil {
 		return sid, err
 	}
+	if g.segment != nil {
+		name := string(postgres.SegmentAt(1, start, testSegment))
+		if _, _, err := g.s.PutWAL(ctx, WALInfo{Name: name, Size: int64(len(name))}, strings.NewReader(name)); err != nil {
+			return sid, err
+		}
+	}
+	if g.finish != nil {
+		g.finish(sid, g.files)
+	}
 	err = g.s.Commit(ctx, ImageInfo{
-		SID: sid, Kind: kind, Parent: g.parent, Timeline: 1, StartLSN: postgres.LSN(sid) << 24, StopLSN: postgres.LSN(sid)<<24 + 1,
+		SID: sid, Kind: kind, Parent: g.parent, Timeline: 1, StartLSN: start, StopLSN: start + 1,
 		ManifestDigest: manifest, RefsDigest: refs, StoredBytes: w.StoredBytes(),
 	})
 	if err != nil {
