@@ -63,13 +63,23 @@ func humanDuration(d time.Duration) string {
 // printTable aligns rows under their headings. Columns whose heading starts with ">" are aligned to the right.
 func printTable(w io.Writer, indent string, headings []string, rows [][]string) {
 	right := make([]bool, len(headings))
-	width := make([]int, len(headings))
 	all := make([][]string, 0, len(rows)+1)
 	head := make([]string, len(headings))
 	for i, h := range headings {
 		head[i], right[i] = strings.CutPrefix(h, ">")
 	}
-	all = append(append(all, head), rows...)
+	printAligned(w, indent, right, append(append(all, head), rows...))
+}
+
+// printRows aligns rows that need no headings.
+func printRows(w io.Writer, indent string, rows [][]string) {
+	if len(rows) > 0 {
+		printAligned(w, indent, make([]bool, len(rows[0])), rows)
+	}
+}
+
+func printAligned(w io.Writer, indent string, right []bool, all [][]string) {
+	width := make([]int, len(right))
 	for _, r := range all {
 		for i, c := range r {
 			width[i] = max(width[i], utf8.RuneCountInString(c))

@@ -154,9 +154,6 @@ func (t *target) locate() (*job.Job, objectstore.Location, error) {
 		}
 		return nil, loc, usageError(fmt.Errorf("neither --job nor --repository is given%s", hint))
 	case t.Job != "":
-		if t.Series != "" {
-			return nil, loc, usageError(errors.New("--job and --series exclude each other: use --instance"))
-		}
 		j, err := t.readJob()
 		if err != nil {
 			return nil, loc, err
@@ -244,14 +241,14 @@ func (t *target) parseRepository() (objectstore.Location, error) {
 }
 
 func (t *target) selector() (selector, error) {
-	if t.Job != "" {
-		return selector{Job: t.Job, Instance: t.Instance}, nil
-	}
-	var sel selector
+	sel := selector{Job: t.Job}
 	if t.Series != "" {
 		var err error
 		if sel, err = parseSelector(t.Series); err != nil {
 			return sel, err
+		}
+		if t.Job != "" && sel.Job != t.Job {
+			return sel, usageError(fmt.Errorf("--job %s and --series %s name different jobs", t.Job, t.Series))
 		}
 	}
 	if t.Instance != "" {

@@ -13,6 +13,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/pgark/terraform-provider-pgark/internal/engine/daemon/control"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/postgres"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/wal"
@@ -127,7 +128,7 @@ ends one minute after the last call.`,
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &codeError{exitFetchFailed, err} })
 	t := addTarget(cmd)
 	f := cmd.Flags()
-	f.StringVar(&socket, "socket", "", "socket of a running fetcher to ask, instead of starting one")
+	f.StringVar(&socket, "socket", "", "socket of a fetcher to ask first")
 	f.IntVar(&prefetch, "prefetch", 8, "segments to fetch ahead; negative for none")
 	f.StringVar(&until, "until-lsn", "", "LSN that must be reached: a segment before it that is missing is an error")
 	f.BoolVar(&serve, "serve", false, "be the process that fetches ahead")
@@ -151,6 +152,10 @@ ends one minute after the last call.`,
 			found = true
 		case socket != "":
 			found, err = wal.Fetch(cmd.Context(), socket, args[0], args[1])
+			// What served while a restore waited ends with it; a server that recovers on fetches by itself.
+			if errors.As(err, new(*control.NotRunningError)) && (t.Job != "" || t.Repository != "") {
+				found, err = wal.FetchDetached(cmd.Context(), args[0], args[1], detachedArguments(cmd))
+			}
 		default:
 			found, err = wal.FetchDetached(cmd.Context(), args[0], args[1], detachedArguments(cmd))
 		}
