@@ -186,8 +186,8 @@ func TestScanSegment_agreesWithWaldump(t *testing.T) {
 					t.Errorf("%s: found %d records from %s, switched %v; pg_waldump %d from %s, %v",
 						name, s.Records, s.First, s.Switched, w.records, w.first, w.switched)
 				}
-				if s.End <= w.last {
-					t.Errorf("%s: End %s, last record at %s", name, s.End, w.last)
+				if s.End <= w.last || s.Last != w.last {
+					t.Errorf("%s: last record at %s, End %s; pg_waldump last %s", name, s.Last, s.End, w.last)
 				}
 				var found []string
 				for _, p := range s.RestorePoints {
