@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -164,20 +166,7 @@ func writeFile(ctx context.Context, w *ImageWriter, content, before []byte, old 
 	return sm, nil
 }
 
-func sorted(m model) []string {
-	var all []string
-	for p := range m {
-		all = append(all, p)
-	}
-	for i := range all { // few
-		for j := range i {
-			if all[i] < all[j] {
-				all[i], all[j] = all[j], all[i]
-			}
-		}
-	}
-	return all
-}
+func sorted(m model) []string { return slices.Sorted(maps.Keys(m)) }
 
 // restore reads an image back, without pinning it.
 func restore(ctx context.Context, s *Series, sid SID) (model, error) {
@@ -230,8 +219,8 @@ func diff(want, got model) error {
 // change makes the next state of the files: pages rewritten, files grown, cut, made and removed.
 func (m model) change(rnd *rand.Rand) model {
 	next := model{}
-	for p, b := range m {
-		b = bytes.Clone(b)
+	for _, p := range sorted(m) {
+		b := bytes.Clone(m[p])
 		switch {
 		case rnd.IntN(8) == 0:
 			continue

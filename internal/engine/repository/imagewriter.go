@@ -217,7 +217,9 @@ func (w *ImageWriter) reserve(ctx context.Context, kind ObjectKind, stored, raw 
 	defer w.unlock()
 	p := w.open[kind]
 	if p != nil && !p.fits(stored) && len(p.entries) > 0 {
-		w.dispatch(kind)
+		if err := w.dispatch(ctx, kind); err != nil {
+			return nil, FrameRef{}, nil, w.fail(err)
+		}
 		p = nil
 	}
 	if p == nil {
@@ -259,12 +261,19 @@ func (w *ImageWriter) begin(ctx context.Context, kind ObjectKind) (*pack, error)
 	return newPack(ref, w.s.id.objectKey(ref), w.session, salt, limit, buf)
 }
 
-// dispatch hands the open object of a kind to an upload of its own. Its goroutine ends with the upload, which Finish
-// and Close wait for; there are at most Uploads+1 for packs, and one for each map object.
-func (w *ImageWriter) dispatch(kind ObjectKind) {
+// dispatch hands the open object of a kind to an upload of its own, once there are less than Uploads in flight. The
+// upload's goroutine ends with it, and Finish and Close wait for it.
+func (w *ImageWriter) dispatch(ctx context.Context, kind ObjectKind) error {
 	p := w.open[kind]
 	if p == nil {
-		return
+		return nil
+	}
+	select {
+	case w.inFlight <- struct{}{}:
+	case <-w.ctx.Done():
+		return context.Cause(w.ctx)
+	case <-ctx.Done():
+		return context.Cause(ctx)
 	}
 	w.open[kind] = nil
 	w.uploading.Add(1)
@@ -274,9 +283,11 @@ func (w *ImageWriter) dispatch(kind ObjectKind) {
 			w.kill(err)
 		}
 		if kind == PackObject {
-			w.buffers <- p.buf[:0]
+			w.buffers <- p.buf[:0] // has room for all there are
 		}
+		<-w.inFlight
 	}()
+	return nil
 }
 
 func (w *ImageWriter) upload(p *pack) error {
@@ -284,12 +295,6 @@ func (w *ImageWriter) upload(p *pack) error {
 	if len(p.buf) > MaxPackSize {
 		return fmt.Errorf("store %s: found %d bytes, expected at most %d", p.key, len(p.buf), MaxPackSize)
 	}
-	select {
-	case w.inFlight <- struct{}{}:
-	case <-w.ctx.Done():
-		return context.Cause(w.ctx)
-	}
-	defer func() { <-w.inFlight }()
 	digest := p.digest()
 	if err := w.create(p.key, p.buf); err != nil {
 		return err
@@ -338,8 +343,12 @@ func (w *ImageWriter) Finish(ctx context.Context, m *Manifest) (manifestDigest, 
 	if err := w.lock(ctx); err != nil {
 		return "", "", err
 	}
-	w.dispatch(PackObject)
-	w.dispatch(MapObject)
+	for _, kind := range []ObjectKind{PackObject, MapObject} {
+		if err := w.dispatch(ctx, kind); err != nil {
+			w.unlock()
+			return "", "", w.fail(err)
+		}
+	}
 	w.finished = true
 	w.unlock()
 	w.uploading.Wait()

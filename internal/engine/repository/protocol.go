@@ -399,8 +399,14 @@ func (s *Series) used(ctx context.Context) (*Head, map[ObjectRef]struct{}, error
 		}
 		// While we read, an image may have expired and its refs been collected by another. The next head tells: if the
 		// image is still needed there, its refs are lost, and nothing may be deleted.
+		if !errors.Is(err, objectstore.ErrNotExist) {
+			return nil, nil, err
+		}
 		newer, headErr := s.Head(ctx)
-		if headErr != nil || newer.Version == h.Version || !errors.Is(err, objectstore.ErrNotExist) {
+		if headErr != nil {
+			return nil, nil, headErr // nobody knows yet whether refs are lost
+		}
+		if newer.Version == h.Version {
 			return nil, nil, err
 		}
 		h = newer

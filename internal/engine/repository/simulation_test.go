@@ -198,7 +198,7 @@ func (s *simulation) janitor(ctx context.Context, name string, seed uint64) {
 			_, err = series.Evict(ctx, func(OpenSession) bool { return rnd.IntN(4) > 0 })
 		case 1, 2:
 			var h *Head
-			if h, err = series.Head(ctx); err == nil && len(h.Images) > 2 {
+			if h, err = series.Head(ctx); err == nil && len(h.Images) > 1 {
 				err = series.Expire(ctx, h.Images[rnd.IntN(len(h.Images))].SID)
 				s.count("expired")
 			}
