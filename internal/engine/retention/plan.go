@@ -273,14 +273,14 @@ func (m *maker) inWindow(cutoff time.Time) map[*image]bool {
 	}
 	for _, t := range written {
 		for _, i := range slices.Backward(m.images) {
-			if i.restorable && i.completed.Before(cutoff) && m.reaches(i.Timeline, i.StopLSN, t) {
+			if i.restorable && !i.completed.After(cutoff) && m.reaches(i.Timeline, i.StopLSN, t) {
 				needed[i] = true
 				break
 			}
 		}
 	}
 	for _, i := range m.images {
-		if i.restorable && !i.completed.Before(cutoff) {
+		if i.restorable && i.completed.After(cutoff) {
 			needed[i] = true
 		}
 	}
