@@ -48,7 +48,7 @@ var ErrNoJob = errors.New("no such job on this guest")
 
 // Machine identifies a guest.
 type Machine struct {
-	ID   string // /etc/machine-id, or a random one kept below Layout.StateRoot where the machine has none
+	ID   string // see job.MachineID; "" on a machine that has none until the first Apply makes one
 	Host string // its host name
 }
 
@@ -74,7 +74,7 @@ const (
 	Fail Status = "fail"
 )
 
-// Check is one prerequisite. Its name is stable: archive_mode, archive_command, archive_library, wal_level,
+// Check is one prerequisite. Those of the machine come first, without an instance. Its name is stable: archive_mode, archive_command, archive_library, wal_level,
 // full_page_writes, postgresql_version, postgresql_running, temporary_folder, executable_place, operating_system, role,
 // cluster_manager, privileges, repository_reachable, clock.
 type Check struct {
@@ -121,8 +121,17 @@ type State struct {
 // InstanceState is one protected instance, as it is.
 type InstanceState struct {
 	Name     string
-	Runner   string            // "running", "stopped", "missing"
+	Runner   string            // "running": it answers; "stopped": it should, and does not; "missing": there is none
 	Problem  string            // why its settings could not be read, in words
 	Settings map[string]string // archive_mode, archive_command, archive_library, wal_level, full_page_writes
 	SystemID postgres.SystemID
+}
+
+// Proof is a WAL segment that PostgreSQL was made to finish, and that was then found in the repository.
+type Proof struct {
+	Instance   string  `json:"instance"`
+	Segment    string  `json:"segment,omitempty"`
+	Seconds    float64 `json:"seconds"` // from the switch to the object
+	StoredSize int64   `json:"stored_bytes"`
+	Skipped    string  `json:"skipped,omitempty"` // why there was nothing to prove
 }

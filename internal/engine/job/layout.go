@@ -102,7 +102,9 @@ func (l Layout) LogDirectory(job string) string { return l.path("var/log/pgark",
 func (l Layout) LogRoot() string { return l.path("var/log/pgark") }
 
 // Unit is the systemd unit of an instance's runner, where there is systemd.
-func (l Layout) Unit(job, instance string) string { return "pgark@" + job + "-" + instance + ".service" }
+func (l Layout) Unit(job, instance string) string {
+	return "pgark@" + job + "-" + instance + ".service"
+}
 
 // UnitFile is where Unit is written.
 func (l Layout) UnitFile(job, instance string) string {

@@ -1,0 +1,181 @@
+//go:build linux
+
+package guest
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/pgark/terraform-provider-pgark/internal/engine/daemon/control"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
+)
+
+// background keeps a runner alive where there is no systemd: a process of its own session, which supervises the runner
+// (pgark run --supervise), writes its pid file and its log, and belongs to the instance's owner. It does not come back by
+// itself when the machine starts.
+type background struct {
+	layout        job.Layout
+	job, instance string
+	owner         account
+
+	mu      sync.Mutex // guards process
+	process *started
+}
+
+// started is a supervisor that this process started.
+type started struct {
+	done chan struct{} // closed once it was waited for
+}
+
+var _ runner = (*background)(nil)
+
+// Nothing but the process: there is nothing to install.
+func (b *background) install(context.Context) (bool, error) { return false, nil }
+
+func (b *background) installed() (bool, error) {
+	_, err := os.Stat(b.layout.PIDFile(b.job, b.instance))
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+func (b *background) start(ctx context.Context) error {
+	if err := b.stop(ctx); err != nil {
+		return err
+	}
+	path := b.layout.LogFile(b.job, b.instance)
+	// The supervisor opens its log by itself; here goes what it has to say before.
+	log, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND|syscall.O_NOFOLLOW, 0o640)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	if err := chown(path, b.owner); err != nil {
+		return err
+	}
+	cmd := exec.Command(b.layout.BinaryLink(), "run", "--job", b.job, "--instance", b.instance, "--supervise")
+	// A new session: a Ctrl-C that ends Terraform must not end it.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	runAs(cmd, b.owner)
+	if b.layout.Root != "" {
+		cmd.Env = append(cmd.Env, job.RootVariable+"="+b.layout.Root)
+	}
+	cmd.Dir = "/"
+	cmd.Stdout, cmd.Stderr = log, log
+	if err := cmd.Start(); err != nil {
+		return fmt.Errorf("start %s: %w", cmd.Path, err)
+	}
+	p := &started{done: make(chan struct{})}
+	// Whoever starts a process waits for it, or it stays as a zombie for as long as we live.
+	go func() {
+		_ = cmd.Wait() // its log says why it ended
+		close(p.done)
+	}()
+	b.mu.Lock()
+	b.process = p
+	b.mu.Unlock()
+	return nil
+}
+
+// ended tells whether the supervisor that start started has ended.
+func (b *background) ended() bool {
+	b.mu.Lock()
+	p := b.process
+	b.mu.Unlock()
+	if p == nil {
+		return false
+	}
+	select {
+	case <-p.done:
+		return true
+	default:
+		return false
+	}
+}
+
+func (b *background) stop(ctx context.Context) error {
+	var pids []int
+	if file, err := os.ReadFile(b.layout.PIDFile(b.job, b.instance)); err == nil {
+		if pid, err := strconv.Atoi(string(bytes.TrimSpace(file))); err == nil && isRunner(pid, b.job, b.instance) {
+			pids = append(pids, pid)
+		}
+	}
+	// The supervisor first: it would start the runner again.
+	short, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	if s, err := control.GetStatus(short, b.layout.Socket(b.job, b.instance)); err == nil && isRunner(s.PID, b.job, b.instance) {
+		pids = append(pids, s.PID)
+	}
+	for n, pid := range pids {
+		// A supervisor passes the signal on, and waits for its runner.
+		if n == 0 || isRunner(pid, b.job, b.instance) {
+			if err := endProcess(ctx, pid); err != nil {
+				return fmt.Errorf("stop the runner of %s: %w", b.instance, err)
+			}
+		}
+	}
+	return nil
+}
+
+// endProcess asks a process to end, and kills it if it does not in time.
+func endProcess(ctx context.Context, pid int) error {
+	if err := syscall.Kill(pid, syscall.SIGTERM); err != nil && !errors.Is(err, syscall.ESRCH) {
+		return fmt.Errorf("process %d: %w", pid, err)
+	}
+	killAt := time.Now().Add(stopTimeout)
+	for wait := 5 * time.Millisecond; ; wait = min(2*wait, 200*time.Millisecond) {
+		if gone(pid) {
+			return nil
+		}
+		if time.Now().After(killAt) {
+			_ = syscall.Kill(pid, syscall.SIGKILL) // it may have ended just now
+			killAt = killAt.Add(stopTimeout)
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("process %d does not end: %w", pid, context.Cause(ctx))
+		case <-time.After(wait):
+		}
+	}
+}
+
+// gone tells whether a process has ended. One that nobody has waited for yet has.
+func gone(pid int) bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return true
+	}
+	// "pid (name) state …": the name may hold parentheses.
+	i := bytes.LastIndexByte(b, ')')
+	return i >= 0 && i+2 < len(b) && (b[i+2] == 'Z' || b[i+2] == 'X')
+}
+
+func (b *background) remove(context.Context) error {
+	for _, f := range []string{b.layout.PIDFile(b.job, b.instance), b.layout.Socket(b.job, b.instance)} {
+		if err := os.Remove(f); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	logs, _ := filepath.Glob(b.layout.LogFile(b.job, b.instance) + "*") // the pattern is well formed
+	for _, f := range logs {
+		if err := os.Remove(f); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+func (b *background) log(context.Context) string {
+	return tail(b.layout.LogFile(b.job, b.instance), logTail)
+}

@@ -1,0 +1,126 @@
+package guest
+
+import (
+	"fmt"
+	"strings"
+)
+
+// PrerequisiteError says that Apply found prerequisites that are not met, and changed nothing.
+type PrerequisiteError struct {
+	Job    string
+	Checks []Check // those that failed
+	Causes []error // errors behind them, where there are any: of the repository, say
+}
+
+// Unwrap gives the causes.
+func (e *PrerequisiteError) Unwrap() []error { return e.Causes }
+
+func (e *PrerequisiteError) Error() string {
+	lines := make([]string, len(e.Checks))
+	for i, c := range e.Checks {
+		on := ""
+		if c.Instance != "" {
+			on = " of " + c.Instance
+		}
+		lines[i] = fmt.Sprintf("%s%s: found %s, expected %s", c.Name, on, c.Found, c.Expected)
+	}
+	return fmt.Sprintf("job %s: nothing was changed, prerequisites are not met: %s", e.Job, strings.Join(lines, "; "))
+}
+
+// Hint gives the remedies, one after the other.
+func (e *PrerequisiteError) Hint() string {
+	var remedies []string
+	for _, c := range e.Checks {
+		if c.Remedy != "" {
+			remedies = append(remedies, c.Remedy)
+		}
+	}
+	return strings.Join(remedies, "\n")
+}
+
+// ApplyError says how far Apply came before it failed.
+type ApplyError struct {
+	Job  string
+	Step string   // what was being done
+	Done []string // what had been done before
+	// RolledBack says that the job was new on this guest, and that everything was put back as it was. Otherwise what is
+	// in Done stays; applying again goes on from there.
+	RolledBack bool
+	Err        error
+}
+
+func (e *ApplyError) Error() string {
+	s := fmt.Sprintf("job %s: %s: %v", e.Job, e.Step, e.Err)
+	switch {
+	case e.RolledBack:
+		s += "; everything was put back as it was"
+	case len(e.Done) > 0:
+		s += "; what was done stays: " + strings.Join(e.Done, ", ")
+	}
+	return s
+}
+
+// Unwrap gives the cause.
+func (e *ApplyError) Unwrap() error { return e.Err }
+
+// ProofError says that a WAL segment which PostgreSQL was made to finish did not reach the repository.
+type ProofError struct {
+	Instance string
+	Segment  string
+	Waited   string
+	Archiver string // what pg_stat_archiver says
+	Runner   string // what the runner says
+	Log      string // the end of the runner's log
+}
+
+func (e *ProofError) Error() string {
+	return fmt.Sprintf("WAL segment %s of %s did not reach the repository within %s: PostgreSQL's archiver: %s; the runner: %s",
+		e.Segment, e.Instance, e.Waited, e.Archiver, e.Runner)
+}
+
+// Hint gives the end of the runner's log.
+func (e *ProofError) Hint() string {
+	if e.Log == "" {
+		return ""
+	}
+	return "the end of the runner's log:\n" + e.Log
+}
+
+// RunnerError says that a runner was started and does not answer.
+type RunnerError struct {
+	Instance string
+	Log      string // the end of its log
+	Err      error
+}
+
+func (e *RunnerError) Error() string {
+	return fmt.Sprintf("runner of %s: %v", e.Instance, e.Err)
+}
+
+// Unwrap gives the cause.
+func (e *RunnerError) Unwrap() error { return e.Err }
+
+// Hint gives the end of the runner's log.
+func (e *RunnerError) Hint() string {
+	if e.Log == "" {
+		return ""
+	}
+	return "the end of its log:\n" + e.Log
+}
+
+// SettingsError says that an instance's old settings could not be put back.
+type SettingsError struct {
+	Instance string
+	Remedy   string
+	Err      error
+}
+
+func (e *SettingsError) Error() string {
+	return fmt.Sprintf("put the settings of %s back: %v", e.Instance, e.Err)
+}
+
+// Unwrap gives the cause.
+func (e *SettingsError) Unwrap() error { return e.Err }
+
+// Hint gives the remedy.
+func (e *SettingsError) Hint() string { return e.Remedy }

@@ -1,0 +1,128 @@
+//go:build linux
+
+package guest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
+)
+
+// Remove implements Guest. While the settings of an instance cannot be put back, everything stays as it is: PostgreSQL
+// would go on calling an archive_command whose program is gone.
+func (g *local) Remove(ctx context.Context, name string) error {
+	if err := job.ValidName(name); err != nil {
+		return fmt.Errorf("job name %w", err)
+	}
+	if _, err := g.State(ctx, name); errors.Is(err, ErrNoJob) {
+		return nil
+	}
+	unlock, err := g.lock(ctx)
+	if err != nil {
+		return fmt.Errorf("job %s: %w", name, err)
+	}
+	defer unlock()
+	return g.remove(ctx, name)
+}
+
+// remove is Remove under the lock.
+func (g *local) remove(ctx context.Context, name string) error {
+	j, err := job.Load(g.layout, name)
+	if err != nil {
+		j = nil // unreadable or gone: what is remembered of the settings names the instances, too
+	}
+	instances, err := g.instancesOf(name, j)
+	if err != nil {
+		return fmt.Errorf("job %s: %w", name, err)
+	}
+	var problems []error
+	for _, instance := range instances {
+		if err := g.putBack(ctx, name, instance, knownInstance(j, instance)); err != nil {
+			problems = append(problems, err)
+		}
+	}
+	if len(problems) > 0 {
+		return fmt.Errorf("job %s: nothing was removed: %w", name, errors.Join(problems...))
+	}
+	for _, instance := range instances {
+		if err := g.release(ctx, name, instance); err != nil {
+			return fmt.Errorf("job %s: remove the runner of %s: %w", name, instance, err)
+		}
+	}
+	l := g.layout
+	for _, path := range []string{l.CredentialsFile(name), l.JobFile(name)} {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("job %s: %w", name, err)
+		}
+	}
+	for _, dir := range []string{filepath.Dir(l.StateDirectory(name, "x")), l.RunDirectory(name), l.LogDirectory(name)} {
+		if err := os.RemoveAll(dir); err != nil {
+			return fmt.Errorf("job %s: %w", name, err)
+		}
+	}
+	return g.removeShared()
+}
+
+// release stops an instance's runner and removes everything of the instance.
+func (g *local) release(ctx context.Context, name, instance string) error {
+	r := g.runner(name, instance, account{})
+	if err := r.stop(ctx); err != nil {
+		return err
+	}
+	if err := r.remove(ctx); err != nil {
+		return err
+	}
+	return os.RemoveAll(g.layout.StateDirectory(name, instance))
+}
+
+// removeShared removes what all jobs share, if there is none left. A machine id that we made stays: it owns the names of
+// jobs in repositories.
+func (g *local) removeShared() error {
+	l := g.layout
+	entries, err := os.ReadDir(l.JobsDirectory())
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	for _, e := range entries {
+		if isJobFile(e.Name()) {
+			return nil
+		}
+	}
+	if err := os.Remove(l.BinaryLink()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := os.RemoveAll(l.LibDirectory()); err != nil {
+		return err
+	}
+	// Whoever waits for the lock notices that its file has gone.
+	if err := os.Remove(filepath.Join(l.RunRoot(), "lock")); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	// Directories of the machine, like /usr/local/bin, are not ours even when they are empty.
+	for _, dir := range []string{l.JobsDirectory(), l.StateRoot(), l.RunRoot(), l.LogRoot()} {
+		stop := filepath.Dir(dir)
+		if dir == l.JobsDirectory() {
+			stop = filepath.Dir(l.ConfigDirectory())
+		}
+		if l.Root != "" {
+			stop = filepath.Clean("/" + l.Root)
+		}
+		if err := prune(dir, stop); err != nil {
+			return err
+		}
+	}
+	if l.Root == "" {
+		return nil
+	}
+	for _, dir := range []string{filepath.Dir(l.LibDirectory()), filepath.Dir(l.BinaryLink())} {
+		if err := prune(dir, filepath.Clean("/"+l.Root)); err != nil {
+			return err
+		}
+	}
+	return nil
+}

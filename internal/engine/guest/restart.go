@@ -1,0 +1,161 @@
+//go:build linux
+
+package guest
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/pgark/terraform-provider-pgark/internal/engine/postgres"
+)
+
+// restartTimeout bounds a restart. A server with much to write takes its time to stop.
+const restartTimeout = 5 * time.Minute
+
+// serviceOf is the systemd unit that a server's process belongs to; "" if it is none.
+func serviceOf(pid int) string {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	if err != nil || !systemdRuns() {
+		return ""
+	}
+	for line := range strings.Lines(string(b)) {
+		// 0::/system.slice/system-postgresql.slice/postgresql@15-main.service
+		unit := filepath.Base(strings.TrimSpace(line))
+		if strings.HasSuffix(unit, ".service") && strings.Contains(line, "/system.slice/") {
+			return unit
+		}
+	}
+	return ""
+}
+
+// binaries is the directory of a running server's programs; "" if it cannot be told.
+func binaries(pid int) string {
+	exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid))
+	if err != nil {
+		return ""
+	}
+	return filepath.Dir(exe)
+}
+
+// restartCommand is what a person runs to restart a cluster's server.
+func restartCommand(c cluster) string {
+	major, name, debian := strings.Cut(c.debian, "/")
+	switch service := serviceOf(c.pid); {
+	case service != "":
+		return "sudo systemctl restart " + service
+	case debian:
+		return "sudo pg_ctlcluster " + major + " " + name + " restart"
+	}
+	return fmt.Sprintf("sudo -u %s %s restart -D %s", c.Owner, filepath.Join(binaries(c.pid), "pg_ctl"), c.DataDirectory)
+}
+
+// startCommand is what a person runs to start a stopped cluster.
+func startCommand(c cluster) string {
+	major, name, debian := strings.Cut(c.debian, "/")
+	switch {
+	case debian && systemdRuns():
+		return "sudo systemctl start postgresql@" + major + "-" + name
+	case debian:
+		return "sudo pg_ctlcluster " + major + " " + name + " start"
+	}
+	return fmt.Sprintf("sudo -u %s pg_ctl start -D %s", c.Owner, c.DataDirectory)
+}
+
+// canRestart says in an error why a cluster's server cannot be restarted from here.
+func canRestart(c cluster) error {
+	if serviceOf(c.pid) != "" {
+		return nil
+	}
+	if c.debian != "" {
+		_, err := exec.LookPath("pg_ctlcluster")
+		return err
+	}
+	dir := binaries(c.pid)
+	if dir == "" {
+		return errors.New("its programs are not found")
+	}
+	_, err := os.Stat(filepath.Join(dir, "pg_ctl"))
+	return err
+}
+
+// restart restarts a cluster's server the way it was started, and waits until it answers.
+func (g *local) restart(ctx context.Context, c cluster) error {
+	ctx, cancel := context.WithTimeout(ctx, restartTimeout)
+	defer cancel()
+	var cmd *exec.Cmd
+	major, name, debian := strings.Cut(c.debian, "/")
+	switch service := serviceOf(c.pid); {
+	case service != "":
+		cmd = exec.CommandContext(ctx, "systemctl", "restart", service)
+	case debian:
+		cmd = exec.CommandContext(ctx, "pg_ctlcluster", major, name, "restart")
+	default:
+		cmd = exec.CommandContext(ctx, filepath.Join(binaries(c.pid), "pg_ctl"), "restart", "-s", "-w", "-m", "fast",
+			"-t", fmt.Sprint(int(restartTimeout.Seconds())), "-D", c.DataDirectory)
+		owner, err := lookupAccount(c.Owner)
+		if err != nil {
+			return err
+		}
+		// The server goes on writing where it did: pg_ctl would start it with its own standard error.
+		if log, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/2", c.pid)); err == nil && filepath.IsAbs(log) {
+			if info, err := os.Stat(log); err == nil && info.Mode().IsRegular() && owner.may(info, mayWrite) {
+				cmd.Args = append(cmd.Args, "-l", log)
+			}
+		}
+		runAs(cmd, owner)
+		cmd.Dir = c.DataDirectory
+	}
+	// A file, not a pipe: whoever starts a server leaves its output open in it, and a pipe's reader would wait for that.
+	out, err := os.CreateTemp("", "pgark-restart-*")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		out.Close()
+		_ = os.Remove(out.Name())
+	}()
+	cmd.Stdout, cmd.Stderr = out, out
+	if err := cmd.Run(); err != nil {
+		said, _ := os.ReadFile(out.Name())
+		return fmt.Errorf("restart PostgreSQL: %s: %w: %s", strings.Join(cmd.Args, " "), err, bytes.TrimSpace(said))
+	}
+	for wait := 20 * time.Millisecond; ; wait = min(2*wait, time.Second) {
+		conn, err := connect(ctx, c.Instance.Instance)
+		if err == nil {
+			closeNow(conn)
+			return nil
+		}
+		if !postgres.IsNotRunning(err) && !isStarting(err) {
+			return fmt.Errorf("restart PostgreSQL: %w", err)
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("restart PostgreSQL: it takes no connections: %w", err)
+		case <-time.After(wait):
+		}
+	}
+}
+
+// runAs lets a command run as owner, with nothing of our environment but what every program needs.
+func runAs(cmd *exec.Cmd, owner account) {
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=/", "LC_ALL=C"}
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = &syscall.SysProcAttr{}
+	}
+	if os.Geteuid() == owner.uid {
+		return
+	}
+	groups := make([]uint32, len(owner.groups))
+	for i, g := range owner.groups {
+		groups[i] = uint32(g)
+	}
+	cmd.SysProcAttr.Credential = &syscall.Credential{Uid: uint32(owner.uid), Gid: uint32(owner.gid), Groups: groups}
+}
