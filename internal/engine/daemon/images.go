@@ -172,14 +172,15 @@ func (m *images) run(ctx context.Context) {
 
 // take takes one image and does what follows from it.
 func (m *images) take(ctx context.Context, t *taking) error {
-	m.p.d.log.Info("image started", "series", m.p.series.ID().String())
 	info, err := m.p.takeImage(ctx, t.show)
 	if ctx.Err() != nil && err != nil {
 		err = fmt.Errorf("%w: %w", context.Cause(ctx), err)
 	}
 	m.finish(t, info, err)
 	if err != nil {
-		m.p.d.log.Error("image failed", "error", err)
+		if !postgres.IsNotRunning(err) { // nothing was begun then; run says so once
+			m.p.d.log.Error("image failed", "error", err)
+		}
 		return err
 	}
 	m.p.d.log.Info("image done", "id", info.SID.String(), "kind", info.Kind, "start_lsn", info.StartLSN.String(), "stop_lsn", info.StopLSN.String(),

@@ -13,12 +13,19 @@ import (
 // takeImage takes one image, as the job file says now.
 func (p *protection) takeImage(ctx context.Context, progress func(line string)) (*repository.ImageInfo, error) {
 	c, _ := p.d.current()
+	begun := false
 	info, err := image.Take(ctx, image.Options{
 		Series: p.series, Instance: c.instance, Plan: c.job.Image, Host: p.d.host, MachineID: p.machine,
 		StateDirectory: p.d.o.Layout.StateDirectory(p.d.o.Job, p.d.o.Instance),
 		WaitWAL:        p.shipper.Wait,
-		Progress:       func(s image.Progress) { progress(s.String()) },
 		Log:            p.d.log,
+		Progress: func(s image.Progress) {
+			if !begun && s.SID != 0 {
+				begun = true
+				p.d.log.Info("image begun", "id", s.SID.String(), "kind", s.Kind)
+			}
+			progress(s.String())
+		},
 	})
 	if err != nil {
 		return nil, err

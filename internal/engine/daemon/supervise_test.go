@@ -1,0 +1,90 @@
+package daemon_test
+
+import (
+	"context"
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/pgark/terraform-provider-pgark/internal/engine/daemon/control"
+	"github.com/pgark/terraform-provider-pgark/test/pgtest"
+)
+
+func TestSupervise(t *testing.T) {
+	t.Parallel()
+	repo := directory(t)
+	c := pgtest.Start(t, pgtest.Options{NoStart: true})
+	g := newGuest(t, c, repo, repo)
+	own(t, repo)
+	p := g.start("supervise", jobName, g.instance.Name)
+	child := func() int {
+		s, err := control.GetStatus(context.Background(), g.socket())
+		if err != nil {
+			return 0
+		}
+		return s.PID
+	}
+	eventually(t, "the runner answers", func() bool { return child() != 0 })
+	first := child()
+	pidFile := g.layout.PIDFile(jobName, g.instance.Name)
+	b, err := os.ReadFile(pidFile)
+	if err != nil || strings.TrimSpace(string(b)) != strconv.Itoa(p.cmd.Process.Pid) {
+		t.Errorf("pid file: got %q, %v; expected the supervisor's %d", b, err, p.cmd.Process.Pid)
+	}
+	if first == p.cmd.Process.Pid {
+		t.Error("the runner should be a process of its own")
+	}
+
+	second := g.start("supervise", jobName, g.instance.Name)
+	<-second.done
+	if second.err == nil {
+		t.Error("a second supervisor should be refused")
+	}
+
+	if err := syscall.Kill(first, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the runner was started again", func() bool { n := child(); return n != 0 && n != first })
+
+	// SIGHUP reaches the child.
+	g.job.Enabled = false
+	g.declare()
+	if err := p.cmd.Process.Signal(syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the job file was read again", func() bool { return !g.status().Enabled })
+
+	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	<-p.done
+	if p.err != nil {
+		t.Errorf("the supervisor ended: %v", p.err)
+	}
+	if n := child(); n != 0 {
+		t.Errorf("the runner %d goes on", n)
+	}
+	if _, err := os.Stat(pidFile); err == nil {
+		t.Error("the pid file was left behind")
+	}
+	log, err := os.ReadFile(g.layout.LogFile(jobName, g.instance.Name))
+	if err != nil || !strings.Contains(string(log), "runner stopped") || !strings.Contains(string(log), "started again") {
+		t.Errorf("the log should tell of both: %v\n%s", err, log)
+	}
+
+	// Killed itself: the child ends, and another supervisor takes over.
+	p = g.start("supervise", jobName, g.instance.Name)
+	eventually(t, "the runner answers", func() bool { return child() != 0 })
+	if err := p.cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the orphan ends", func() bool { return child() == 0 })
+	p = g.start("supervise", jobName, g.instance.Name)
+	eventually(t, "the runner answers", func() bool { return child() != 0 })
+	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	<-p.done
+}
