@@ -34,7 +34,7 @@ type guest struct {
 	maps    map[string]*SegmentMap
 	refs    map[string]*FrameRef // of maps in map objects
 
-	segment func() uint64              // if set, the segment in which the next image starts and stops; it is put before the commit
+	segment func() uint64              // if set, the segment in which the next image starts and stops; it is put at the start
 	finish  func(sid SID, files model) // if set, told what the image is to restore to before it can become live
 }
 
@@ -51,6 +51,10 @@ func (g *guest) backUp(ctx context.Context, rnd *rand.Rand, before model) (SID, 
 	start := postgres.LSN(sid) << 24
 	if g.segment != nil {
 		start = postgres.LSN(g.segment()) << 24
+		name := string(postgres.SegmentAt(1, start, testSegment))
+		if _, _, err := g.s.PutWAL(ctx, WALInfo{Name: name, Size: int64(len(name))}, strings.NewReader(name)); err != nil {
+			return sid, err
+		}
 	}
 	w, err := g.s.NewImageWriter(ctx, sid, g.parent, g.options)
 	if err != nil {
@@ -93,12 +97,6 @@ func (g *guest) backUp(ctx context.Context, rnd *rand.Rand, before model) (SID, 
 	manifest, refs, err := w.Finish(ctx, m)
 	if err != nil {
 		return sid, err
-	}
-	if g.segment != nil {
-		name := string(postgres.SegmentAt(1, start, testSegment))
-		if _, _, err := g.s.PutWAL(ctx, WALInfo{Name: name, Size: int64(len(name))}, strings.NewReader(name)); err != nil {
-			return sid, err
-		}
 	}
 	if g.finish != nil {
 		g.finish(sid, g.files)

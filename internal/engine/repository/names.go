@@ -42,6 +42,9 @@ func ParseSeriesID(s string) (SeriesID, error) {
 	if err := id.check(); err != nil {
 		return SeriesID{}, err
 	}
+	if id.String() != s {
+		return SeriesID{}, fmt.Errorf("series %q: expected %s", s, id)
+	}
 	return id, nil
 }
 
