@@ -28,7 +28,8 @@ import (
 // Delete removes directories that it leaves empty, as S3 has no empty ones. A Create in such a directory notices that
 // it is gone and makes it again; once its temporary file is there, the directory cannot go away.
 //
-// root itself is made by Probe only: a runner must not fill the local disk when the mount is missing.
+// root itself is never made: a runner must not fill the local disk when the mount is missing, and whoever makes it must
+// decide whose it is.
 type directoryStore struct {
 	root string
 
@@ -68,7 +69,7 @@ func (d *directoryStore) fail(op, key string, err error) error {
 		e.Hint = "the directory must be writable by the user that runs pgark, the owner of the PostgreSQL instance"
 	case errors.Is(err, fs.ErrNotExist):
 		if _, rootErr := os.Stat(d.root); errors.Is(rootErr, fs.ErrNotExist) {
-			e.Err, e.Hint = fmt.Errorf("%w: %w", ErrNoBucket, rootErr), "is its file system mounted?"
+			e.Err, e.Hint = &missingDirectoryError{rootErr}, "create it, writable by the owner of the PostgreSQL instance, or mount its file system"
 		} else {
 			e.Err = ErrNotExist
 		}
@@ -76,23 +77,13 @@ func (d *directoryStore) fail(op, key string, err error) error {
 	return e
 }
 
-// prepare makes root, for Probe.
-func (d *directoryStore) prepare() error {
-	if err := os.MkdirAll(d.root, 0o750); err != nil {
-		return d.fail("make directory", "", err)
-	}
-	for dir := d.root; ; dir = filepath.Dir(dir) {
-		if err := syncDirectory(dir); err != nil {
-			if dir != d.root && errors.Is(err, fs.ErrPermission) {
-				return nil // a parent that we may not even read was not made by us
-			}
-			return d.fail("sync directory", "", err)
-		}
-		if dir == filepath.Dir(dir) {
-			return nil
-		}
-	}
+// missingDirectoryError is ErrNoBucket where the bucket is a directory.
+type missingDirectoryError struct{ err error }
+
+func (e *missingDirectoryError) Error() string {
+	return "no such repository directory: " + e.err.Error()
 }
+func (e *missingDirectoryError) Is(target error) bool { return target == ErrNoBucket }
 
 func (d *directoryStore) Create(ctx context.Context, key string, body io.ReadSeeker, size int64) error {
 	if err := checkKey(key); err != nil {

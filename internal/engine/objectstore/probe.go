@@ -19,13 +19,8 @@ const (
 // Probe tries, under the prefix "probe/", what a repository needs: create-if-absent (in sequence and in a race),
 // ranged reads, and a listing that shows what was just created. It removes what it wrote where deletion is allowed.
 // A store without atomic create-if-absent is refused with an *UnsuitableError that says what was tried and seen, and so
-// is one that lacks ranges or whose listings lag behind. A directory is made if it is missing.
+// is one that lacks ranges or whose listings lag behind.
 func Probe(ctx context.Context, s Store) (Capabilities, error) {
-	if p, ok := s.(interface{ prepare() error }); ok {
-		if err := p.prepare(); err != nil {
-			return Capabilities{}, err
-		}
-	}
 	p := probe{store: s, prefix: "probe/" + randomHex() + "/"}
 	c, err := p.run(ctx)
 	var ignored error // what could not be removed is harmless, and an append-only store is a good one
