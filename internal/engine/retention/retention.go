@@ -173,6 +173,7 @@ type Result struct {
 	WALBytes       int64    `json:"wal_bytes"`
 	GarbageObjects int      `json:"garbage_objects"` // of images: packs, maps, manifests
 	GarbageBytes   int64    `json:"garbage_bytes"`
+	Held           []string `json:"held"` // why WAL that was planned to go has stayed
 }
 
 func (r *Result) add(o *Result) {
@@ -181,6 +182,7 @@ func (r *Result) add(o *Result) {
 	r.WALBytes += o.WALBytes
 	r.GarbageObjects += o.GarbageObjects
 	r.GarbageBytes += o.GarbageBytes
+	r.Held = o.Held
 }
 
 // ErrChanged says that the series is no longer what the plan was made from, in a way that matters. Nothing that the
@@ -193,7 +195,7 @@ const deleteBatch = 1000
 // Apply does what the plan says. It may be interrupted at any point and done again, also after other programs have
 // changed the series; then it may return ErrChanged. The result tells what was removed, also beside an error.
 func Apply(ctx context.Context, series *repository.Series, p *Plan) (*Result, error) {
-	r := &Result{ExpiredImages: []string{}}
+	r := &Result{ExpiredImages: []string{}, Held: []string{}}
 	if err := p.expire(ctx, series, r); err != nil {
 		return r, fmt.Errorf("apply retention to %s: %w", series.ID(), err)
 	}
@@ -248,8 +250,8 @@ func (w *WALDecision) apply(ctx context.Context, series *repository.Series, size
 	if floor > w.PresentFloor {
 		err := series.RaiseWALFloor(ctx, w.Timeline, floor)
 		if limit, ok := errors.AsType[*repository.FloorError](err); ok {
-			floor = limit.Limit
-			err = nil
+			r.Held = append(r.Held, limit.Error())
+			floor, err = limit.Limit, nil
 			if floor > w.PresentFloor {
 				err = series.RaiseWALFloor(ctx, w.Timeline, floor)
 			}
@@ -295,7 +297,7 @@ const maxReplans = 5
 
 // Run reads, plans and applies, and does so again when the series has changed meanwhile.
 func Run(ctx context.Context, series *repository.Series, policy Policy, clock func() time.Time) (*Result, error) {
-	total := &Result{ExpiredImages: []string{}}
+	total := &Result{ExpiredImages: []string{}, Held: []string{}}
 	for n := 1; ; n++ {
 		state, err := Read(ctx, series)
 		if err != nil {
