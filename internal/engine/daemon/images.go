@@ -8,6 +8,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/jackc/pgx/v5/pgconn"
+
 	"github.com/pgark/terraform-provider-pgark/internal/engine/daemon/control"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/postgres"
@@ -18,9 +20,9 @@ const (
 	// lookAgain bounds every sleep: a clock that was set, or a machine that slept, is noticed within it.
 	lookAgain = time.Minute
 
-	// serverAway is the wait before an image is tried again because PostgreSQL does not run. It takes no attempt away:
+	// serverAwayWait is the wait before an image is tried again because PostgreSQL does not run. It takes no attempt away:
 	// a restart is no failure of a backup.
-	serverAway = 15 * time.Second
+	serverAwayWait = 15 * time.Second
 
 	// firstImageAgain is the wait after all attempts at a job's first image failed and no schedule names another time.
 	firstImageAgain = time.Hour
@@ -98,11 +100,14 @@ func (m *images) begin() *taking {
 // run takes images until ctx ends.
 func (m *images) run(ctx context.Context) {
 	plan := m.plan(ctx)
-	var failures int    // of the scheduled image that is due, in a row
-	var again time.Time // of the next attempt at it
-	var excused bool    // the latest failure was PostgreSQL not running
+	c, _ := m.p.d.current()
+	if plan.exhausted(c.job, time.Now()) {
+		m.p.d.log.Error("the image failed for good: its last attempt ended with the runner", "attempts", c.job.Image.Retry.Attempts)
+	}
+	var again time.Time // of the next attempt at an image that failed
+	excused := false    // the latest failure was PostgreSQL not running
 	for ctx.Err() == nil {
-		c, _ := m.p.d.current()
+		c, _ = m.p.d.current()
 		now := time.Now()
 		at := plan.due(c.job, now)
 		if !again.IsZero() && c.job.Enabled {
@@ -124,40 +129,40 @@ func (m *images) run(ctx context.Context) {
 			c, _ = m.p.d.current()
 			plan.changed(c.job)
 		case t = <-m.demand:
-			err := m.take(ctx, t)
-			if err == nil {
-				plan.taken()
-				failures, again = 0, time.Time{}
+			now = time.Now()
+			if err := m.take(ctx, t); err == nil {
+				plan.taken(now)
+				again = time.Time{}
 			}
 		case <-timer.C:
-			if at.IsZero() || time.Now().Before(at) {
+			now = time.Now()
+			if at.IsZero() || now.Before(at) {
 				break
 			}
 			if t = m.begin(); t == nil {
-				break
+				break // a demand came first
 			}
-			if again.IsZero() {
-				plan.consider(now)
-			}
+			plan.begin()
 			err := m.take(ctx, t)
-			switch wait := max(time.Duration(c.job.Image.Retry.Wait), time.Second); {
+			wait := max(time.Duration(c.job.Image.Retry.Wait), time.Second)
+			switch {
 			case err == nil:
-				plan.taken()
-				failures, again, excused = 0, time.Time{}, false
+				plan.taken(now)
+				again, excused = time.Time{}, false
 			case ctx.Err() != nil:
-			case postgres.IsNotRunning(err):
+				plan.excuse() // it is due again when the runner is back
+			case serverAway(err):
+				plan.excuse()
 				if !excused {
 					m.p.d.log.Warn("the image waits for PostgreSQL to run", "error", err)
 				}
-				again, excused = time.Now().Add(serverAway), true
-			case failures+1 < max(c.job.Image.Retry.Attempts, 1):
-				failures++
-				again, excused = time.Now().Add(wait), false
-				m.p.d.log.Warn("the image will be tried again", "attempt", failures+1, "of", c.job.Image.Retry.Attempts, "at", again.Format(time.RFC3339))
+				again, excused = time.Now().Add(serverAwayWait), true
+			case plan.exhausted(c.job, time.Now()):
+				m.p.d.log.Error("the image failed for good: the next one is due as scheduled", "attempts", c.job.Image.Retry.Attempts, "error", err)
+				again, excused = time.Time{}, false
 			default:
-				m.p.d.log.Error("the image failed for good: the next one is due as scheduled", "attempts", failures+1, "error", err)
-				failures, again, excused = 0, time.Time{}, false
-				plan.failed(time.Now())
+				again, excused = time.Now().Add(wait), false
+				m.p.d.log.Warn("the image will be tried again", "failed", plan.Attempts, "of", c.job.Image.Retry.Attempts, "at", again.Format(time.RFC3339))
 			}
 		}
 		timer.Stop()
@@ -170,6 +175,13 @@ func (m *images) run(ctx context.Context) {
 	}
 }
 
+// serverAway tells whether an image failed because PostgreSQL does not run, or is only starting or stopping.
+func serverAway(err error) bool {
+	const cannotConnectNow = "57P03"
+	pg, ok := errors.AsType[*pgconn.PgError](err)
+	return postgres.IsNotRunning(err) || ok && pg.Code == cannotConnectNow
+}
+
 // take takes one image and does what follows from it.
 func (m *images) take(ctx context.Context, t *taking) error {
 	info, err := m.p.takeImage(ctx, t.show)
@@ -178,7 +190,7 @@ func (m *images) take(ctx context.Context, t *taking) error {
 	}
 	m.finish(t, info, err)
 	if err != nil {
-		if !postgres.IsNotRunning(err) { // nothing was begun then; run says so once
+		if !serverAway(err) { // nothing was begun then; run says so once
 			m.p.d.log.Error("image failed", "error", err)
 		}
 		return err

@@ -28,6 +28,10 @@ type plan struct {
 type memory struct {
 	ConsideredAt time.Time `json:"considered_at"` // the schedule is settled up to here
 	Schedule     string    `json:"schedule"`      // under which it was considered
+
+	// Attempts counts those at the image that is due, one that is under way included: an image that takes the runner down
+	// with it is not tried for ever.
+	Attempts int `json:"attempts,omitempty"`
 }
 
 // plan reads what is remembered, and what the series has.
@@ -89,22 +93,47 @@ func (p *plan) due(j *job.Job, now time.Time) time.Time {
 // past were not missed.
 func (p *plan) changed(j *job.Job) {
 	if p.ConsideredAt.IsZero() || p.Schedule != scheduleOf(j) {
-		p.ConsideredAt, p.Schedule = time.Now(), scheduleOf(j)
+		p.memory = memory{ConsideredAt: time.Now(), Schedule: scheduleOf(j)}
 		p.save()
 	}
 }
 
-// consider settles the schedule up to now, before the image that is due is taken.
-func (p *plan) consider(now time.Time) {
-	p.ConsideredAt = now
+// begin notes that an attempt at the image that is due begins.
+func (p *plan) begin() {
+	p.Attempts++
 	p.save()
 }
 
-// taken notes an image, of the schedule or on demand.
-func (p *plan) taken() { p.hasImage = true }
+// excuse takes back the last attempt: it ended for no fault of the image.
+func (p *plan) excuse() {
+	p.Attempts = max(p.Attempts-1, 0)
+	p.save()
+}
 
-// failed notes that all attempts failed.
-func (p *plan) failed(now time.Time) { p.notUntil = now.Add(firstImageAgain) }
+// taken notes an image: it settles the schedule up to when it began. So does one on demand that was begun after the
+// scheduled one was due.
+func (p *plan) taken(began time.Time) {
+	p.hasImage = true
+	p.settle(began)
+}
+
+// exhausted tells whether the image that is due has had its attempts, and gives it up if so.
+func (p *plan) exhausted(j *job.Job, now time.Time) bool {
+	if p.Attempts < max(j.Image.Retry.Attempts, 1) {
+		return false
+	}
+	p.notUntil = now.Add(firstImageAgain)
+	p.settle(now)
+	return true
+}
+
+func (p *plan) settle(at time.Time) {
+	if at.After(p.ConsideredAt) {
+		p.ConsideredAt = at
+	}
+	p.Attempts = 0
+	p.save()
+}
 
 func (p *plan) save() {
 	b, err := json.Marshal(p.memory)

@@ -2,9 +2,12 @@ package daemon_test
 
 import (
 	"context"
+	"net"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -87,4 +90,46 @@ func TestSupervise(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-p.done
+}
+
+func TestRunner_underSystemd(t *testing.T) {
+	t.Parallel()
+	repo := directory(t)
+	c := pgtest.Start(t, pgtest.Options{NoStart: true})
+	g := newGuest(t, c, repo, repo)
+	own(t, repo)
+	name := filepath.Join(g.dir, "notify")
+	manager, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: name, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer manager.Close()
+	pgtest.Chown(t, name)
+	var mu sync.Mutex
+	said := map[string]int{}
+	go func() {
+		b := make([]byte, 4096)
+		for {
+			n, err := manager.Read(b)
+			if err != nil {
+				return
+			}
+			mu.Lock()
+			said[string(b[:n])]++
+			mu.Unlock()
+		}
+	}()
+	count := func(what string) int {
+		mu.Lock()
+		defer mu.Unlock()
+		return said[what]
+	}
+	g.env = []string{"NOTIFY_SOCKET=" + name, "WATCHDOG_USEC=300000"}
+	g.run()
+	eventually(t, "systemd knows that it is ready, and what it does", func() bool {
+		return count("READY=1") == 1 && count("STATUS=protecting "+g.instance.Name+" of job orders") > 0
+	})
+	eventually(t, "it feeds the watchdog", func() bool { return count("WATCHDOG=1") >= 3 })
+	g.stop()
+	eventually(t, "systemd knows that it stops", func() bool { return count("STOPPING=1") == 1 })
 }

@@ -98,6 +98,7 @@ type guest struct {
 	location objectstore.Location
 	repo     *repository.Repository // reached past every proxy
 	runner   *process
+	env      []string // of processes, added
 }
 
 // process is a started command with its output.
@@ -211,6 +212,7 @@ func (g *guest) start(args ...string) *process {
 	defer out.Close()
 	p.cmd = exec.Command(g.binary, args...)
 	p.cmd.Env = []string{job.RootVariable + "=" + g.layout.Root, "PATH=" + os.Getenv("PATH")}
+	p.cmd.Env = append(p.cmd.Env, g.env...)
 	p.cmd.Stdout, p.cmd.Stderr = out, out
 	p.cmd.Dir = "/"
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
