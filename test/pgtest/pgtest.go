@@ -96,8 +96,11 @@ type Cluster struct {
 	t        testing.TB
 	o        Options
 	uid, gid int
-	server   *server
+	run      *run
 }
+
+// run holds the server of a Cluster and of what For made of it.
+type run struct{ server *server }
 
 // server is one run of the postmaster.
 type server struct {
@@ -154,7 +157,7 @@ func Dir(t testing.TB) string {
 	if len(base) > 40 || !reachable(base) {
 		base = "/tmp"
 	}
-	dir, err := os.MkdirTemp(base, "pgt-")
+	dir, err := os.MkdirTemp(base, "pgt-") //nolint:usetesting // t.TempDir is long, and closed to other users
 	if err != nil {
 		t.Fatalf("pgtest: %v", err)
 	}
@@ -244,7 +247,7 @@ func findServer(t testing.TB, major int) (int, string) {
 // Start makes a cluster, starts its server and waits until it takes connections.
 func Start(t testing.TB, o Options) *Cluster {
 	t.Helper()
-	c := &Cluster{t: t, o: o, Port: 20000 + rand.IntN(40000)}
+	c := &Cluster{t: t, o: o, Port: 20000 + rand.IntN(40000), run: &run{}}
 	c.Owner, c.uid, c.gid = Owner(t)
 	if o.DataDir != "" && o.Major == 0 {
 		version, err := os.ReadFile(filepath.Join(o.DataDir, "PG_VERSION"))
@@ -260,7 +263,7 @@ func Start(t testing.TB, o Options) *Cluster {
 	if os.Geteuid() == 0 && !reachable(c.BinDir) {
 		// A checkout below a private directory, like root's home: lend the owner a copy.
 		copied := filepath.Join(c.Root, "postgresql")
-		c.must(exec.Command("cp", "-a", filepath.Dir(c.BinDir), copied))
+		c.must(exec.CommandContext(t.Context(), "cp", "-a", filepath.Dir(c.BinDir), copied))
 		c.BinDir = filepath.Join(copied, "bin")
 	}
 	c.SocketDir = c.Root
@@ -299,6 +302,13 @@ func Start(t testing.TB, o Options) *Cluster {
 		}
 	}
 	return c
+}
+
+// For is the cluster in the hands of a subtest: what goes wrong fails that one, and its connections close with it.
+func (c *Cluster) For(t testing.TB) *Cluster {
+	other := *c
+	other.t = t
+	return &other
 }
 
 func (c *Cluster) initdb() {
@@ -383,7 +393,8 @@ func (c *Cluster) TablespaceDir(name string) string { return filepath.Join(c.Roo
 // Command prepares a tool of PostgreSQL (Tool) to be run as the owner, with the connection in its environment.
 func (c *Cluster) Command(tool string, args ...string) *exec.Cmd {
 	c.t.Helper()
-	cmd := exec.Command(c.Tool(tool), args...)
+	// Not the test's context: it ends before Cleanup, which stops servers in order.
+	cmd := exec.CommandContext(context.Background(), c.Tool(tool), args...)
 	cmd.Dir = c.Root
 	cmd.Env = c.environment()
 	cmd.SysProcAttr = c.attributes()
@@ -468,7 +479,7 @@ func (c *Cluster) Start() {
 			return
 		}
 		select {
-		case <-c.server.done:
+		case <-c.run.server.done:
 			c.t.Fatalf("pgtest: PostgreSQL %d in %s ended instead of starting: see its log", c.Major, c.DataDir)
 		case <-time.After(20 * time.Millisecond):
 		}
@@ -517,16 +528,16 @@ func (c *Cluster) Launch() {
 	if err := <-started; err != nil {
 		c.t.Fatalf("pgtest: start %s: %v", cmd.Path, err)
 	}
-	c.server = s
+	c.run.server = s
 }
 
 // Running tells whether the server process that Start or Launch started is there.
 func (c *Cluster) Running() bool {
-	if c.server == nil {
+	if c.run.server == nil {
 		return false
 	}
 	select {
-	case <-c.server.done:
+	case <-c.run.server.done:
 		return false
 	default:
 		return true
@@ -539,17 +550,17 @@ func (c *Cluster) PID() int {
 	if !c.Running() {
 		c.t.Fatalf("pgtest: PostgreSQL in %s is not running", c.DataDir)
 	}
-	return c.server.process.Pid
+	return c.run.server.process.Pid
 }
 
 // Wait waits until the server has ended by itself.
 func (c *Cluster) Wait(timeout time.Duration) {
 	c.t.Helper()
-	if c.server == nil {
+	if c.run.server == nil {
 		return
 	}
 	select {
-	case <-c.server.done:
+	case <-c.run.server.done:
 	case <-time.After(timeout):
 		c.t.Fatalf("pgtest: PostgreSQL in %s still runs after %v", c.DataDir, timeout)
 	}
@@ -582,23 +593,15 @@ func (c *Cluster) Restart() {
 	c.Start()
 }
 
-// Kill kills the postmaster with SIGKILL and waits until its children are gone too, so that Start can follow.
+// Kill kills the postmaster with SIGKILL, as the kernel does when memory runs out, and waits until its children have
+// noticed and are gone too, so that Start can follow.
 func (c *Cluster) Kill() {
 	c.t.Helper()
-	if !c.Running() {
-		return
-	}
-	group := c.server.process.Pid
 	c.kill(syscall.SIGKILL)
-	// The children notice that their parent is gone within moments; SIGKILL to each spares the wait. They made themselves
-	// process groups of their own, so they are found by their parent's lock file disappearing from shared memory: Start
-	// refuses while one is attached, and says so. Ask until nobody is.
-	deadline := time.Now().Add(30 * time.Second)
-	for c.attached() {
+	for deadline := time.Now().Add(30 * time.Second); c.attached(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			c.t.Fatalf("pgtest: children of PostgreSQL %d in %s outlive it", group, c.DataDir)
+			c.t.Fatalf("pgtest: children of PostgreSQL in %s outlive it by 30 s", c.DataDir)
 		}
-		time.Sleep(5 * time.Millisecond)
 	}
 }
 
@@ -617,14 +620,14 @@ func (c *Cluster) kill(s syscall.Signal) bool {
 	if !c.Running() {
 		return true
 	}
-	_ = c.server.process.Signal(s) // it may just have ended
+	_ = c.run.server.process.Signal(s) // it may just have ended
 	select {
-	case <-c.server.done:
+	case <-c.run.server.done:
 		return true
 	case <-time.After(60 * time.Second):
 	}
-	_ = c.server.process.Kill()
-	<-c.server.done
+	_ = c.run.server.process.Kill()
+	<-c.run.server.done
 	return false
 }
 

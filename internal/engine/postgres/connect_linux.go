@@ -88,8 +88,9 @@ func actAs(as identity, f func()) error {
 	return <-done
 }
 
-func rawSetID(trap uintptr, real, effective, saved uintptr) error {
-	if _, _, errno := syscall.RawSyscall(trap, real, effective, saved); errno != 0 {
+// rawSetID makes the system call by itself: syscall.Setresuid would change all threads.
+func rawSetID(trap uintptr, realID, effectiveID, savedID uintptr) error {
+	if _, _, errno := syscall.RawSyscall(trap, realID, effectiveID, savedID); errno != 0 {
 		return errno
 	}
 	return nil

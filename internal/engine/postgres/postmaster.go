@@ -84,7 +84,7 @@ func IsRunning(dataDirectory string) (bool, *Postmaster, error) {
 	}
 	process, err := os.FindProcess(p.PID)
 	if err != nil {
-		return false, p, nil
+		return false, p, err
 	}
 	// EPERM means that it is there and another user's.
 	if err := process.Signal(syscall.Signal(0)); err != nil && !errors.Is(err, fs.ErrPermission) {

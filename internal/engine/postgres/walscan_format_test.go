@@ -13,7 +13,7 @@ import (
 	"github.com/pgark/terraform-provider-pgark/internal/engine/postgres"
 )
 
-// walBuilder writes WAL as PostgreSQL does, from a given position on.
+// walBuilder writes WAL as PostgreSQL does, from the beginning of segment 1.
 type walBuilder struct {
 	b        bytes.Buffer
 	size     postgres.SegmentSize
@@ -25,7 +25,8 @@ type walBuilder struct {
 
 const smallSegment = postgres.MinSegmentSize
 
-func newWAL(start postgres.LSN) *walBuilder {
+func newWAL() *walBuilder {
+	const start = postgres.LSN(smallSegment)
 	return &walBuilder{size: smallSegment, start: start, timeline: 1, previous: start - 8}
 }
 
@@ -125,7 +126,7 @@ const segment1 = postgres.SegmentName("000000020000000000000001")
 func TestScanSegment_recordsOfEveryShape(t *testing.T) {
 	early := time.Date(2026, 3, 1, 12, 0, 0, 123456000, time.UTC)
 	late := early.Add(3 * time.Second)
-	w := newWAL(postgres.LSN(smallSegment))
+	w := newWAL()
 	w.timeline = 2
 	first := w.add(0, 0x10, data(make([]byte, 88)))
 	w.add(1, 0x00, data(commitAt(late)))
@@ -155,7 +156,7 @@ func TestScanSegment_recordsOfEveryShape(t *testing.T) {
 }
 
 func TestScanSegment_recordOverThreeSegments(t *testing.T) {
-	w := newWAL(postgres.LSN(smallSegment))
+	w := newWAL()
 	w.add(9, 0, data(make([]byte, 100)))
 	long := w.add(9, 0, data(make([]byte, 2*int(smallSegment)+5000)))
 	after := w.add(9, 0, data(nil))
@@ -177,7 +178,7 @@ func TestScanSegment_recordOverThreeSegments(t *testing.T) {
 
 // TestScanSegment_overwrittenRecord has a record whose rest was never written because the server crashed.
 func TestScanSegment_overwrittenRecord(t *testing.T) {
-	w := newWAL(postgres.LSN(smallSegment))
+	w := newWAL()
 	w.add(9, 0, data(make([]byte, 100)))
 	w.align()
 	r := w.record(9, 0, data(make([]byte, 20000)))
@@ -193,7 +194,7 @@ func TestScanSegment_overwrittenRecord(t *testing.T) {
 
 // sampleSegment is whole, without a switch.
 func sampleSegment() []byte {
-	w := newWAL(postgres.LSN(smallSegment))
+	w := newWAL()
 	for i := 0; w.b.Len() < int(smallSegment)-3000; i++ {
 		w.add(1, 0, data(append(commitAt(time.Unix(1_800_000_000+int64(i), 0)), make([]byte, i*37%2500)...)))
 	}
