@@ -1,0 +1,2 @@
+# HOST/JOB
+terraform import pgark_wal_retention.orders localhost/orders

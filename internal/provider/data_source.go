@@ -1,0 +1,99 @@
+package provider
+
+import (
+	"context"
+
+	"github.com/hashicorp/terraform-plugin-framework-validators/setvalidator"
+	"github.com/hashicorp/terraform-plugin-framework-validators/stringvalidator"
+	"github.com/hashicorp/terraform-plugin-framework/datasource"
+	"github.com/hashicorp/terraform-plugin-framework/datasource/schema"
+	"github.com/hashicorp/terraform-plugin-framework/diag"
+	"github.com/hashicorp/terraform-plugin-framework/path"
+	"github.com/hashicorp/terraform-plugin-framework/schema/validator"
+	"github.com/hashicorp/terraform-plugin-framework/types"
+
+	"github.com/pgark/terraform-provider-pgark/internal/engine/guest"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/repository"
+)
+
+// dataSource is what all data sources have in common.
+type dataSource struct{ data *providerData }
+
+func (d *dataSource) Configure(_ context.Context, req datasource.ConfigureRequest, resp *datasource.ConfigureResponse) {
+	d.data = fromProviderData(req.ProviderData, &resp.Diagnostics)
+}
+
+// connectionForData is how a data source reaches a host: a few words of the resources' connection attribute.
+func connectionForData() schema.SingleNestedAttribute {
+	return schema.SingleNestedAttribute{
+		Optional:            true,
+		MarkdownDescription: "How the host is reached. Default: as a job of this configuration reaches it, else over SSH.",
+		Attributes: map[string]schema.Attribute{
+			"type": schema.StringAttribute{
+				Optional: true, MarkdownDescription: "`local` (the machine that Terraform runs on, as root) or `ssh` (default; **not in this build**).",
+				Validators: []validator.String{stringvalidator.OneOf(connectionSSH, connectionLocal)},
+			},
+			"port":         schema.Int64Attribute{Optional: true, MarkdownDescription: "Port of the SSH server. Default: the provider's."},
+			"user":         schema.StringAttribute{Optional: true, MarkdownDescription: "Account to log in as. Default: the provider's."},
+			"host_key":     schema.StringAttribute{Optional: true, MarkdownDescription: "Public key of the host."},
+			"bastion_host": schema.StringAttribute{Optional: true, MarkdownDescription: "Host to jump through. Default: the provider's."},
+		},
+	}
+}
+
+func hostForData() schema.StringAttribute {
+	return schema.StringAttribute{Required: true, MarkdownDescription: "The guest: a host name or address.", Validators: hostValidators()}
+}
+
+// guest reaches the host of a data source; name is that of a job there, if one is known.
+func (d *dataSource) guest(ctx context.Context, host types.String, name string, connection types.Object, diags *diag.Diagnostics) guest.Guest {
+	kind := decode[connectionModel](ctx, connection, diags).Type.ValueString()
+	if connection.IsNull() {
+		kind = d.data.connection(ctx, host.ValueString(), name)
+	}
+	return d.data.guest(host.ValueString(), firstOf(kind, connectionSSH), diags)
+}
+
+func repositoryForData() schema.StringAttribute {
+	return schema.StringAttribute{
+		Required: true, Validators: urlValidators(),
+		MarkdownDescription: "URL of the repository: `pgark_repository.NAME.url`. The provider reads it from where Terraform runs; no guest is asked, and no identity is needed.",
+	}
+}
+
+func repositorySettingsForData() schema.SingleNestedAttribute {
+	return schema.SingleNestedAttribute{
+		Optional: true, Computed: true,
+		MarkdownDescription: "How the repository is reached. Default: what the `pgark_repository` with this URL says, else the URL's query, else the provider's `s3` block.",
+		Attributes: map[string]schema.Attribute{
+			"region":         schema.StringAttribute{Optional: true, MarkdownDescription: "Region of the bucket."},
+			"endpoint":       schema.StringAttribute{Optional: true, MarkdownDescription: "URL of an S3 compatible service."},
+			"use_path_style": schema.BoolAttribute{Optional: true, MarkdownDescription: "Whether the bucket stands in the path rather than in the host name."},
+			"storage_class":  schema.StringAttribute{Optional: true, MarkdownDescription: "Storage class of what is stored."},
+		},
+	}
+}
+
+// settings is how the repository of a data source is reached: as configured, else as the provider resolves its URL.
+func (d *dataSource) settings(ctx context.Context, url types.String, configured types.Object, diags *diag.Diagnostics) types.Object {
+	if !configured.IsNull() && !configured.IsUnknown() {
+		return configured
+	}
+	if url.IsNull() {
+		return types.ObjectNull(repositorySettingsTypes)
+	}
+	return encode(ctx, repositorySettingsTypes, d.data.resolve(url.ValueString()).model(), diags)
+}
+
+// openRepository opens the repository of a data source, which is reached as settings says.
+func (d *dataSource) openRepository(ctx context.Context, url types.String, settings types.Object, diags *diag.Diagnostics) *repository.Repository {
+	s := decode[repositorySettingsModel](ctx, settings, diags).settings()
+	repo, err := d.data.openRepository(ctx, url.ValueString(), s, planPatience)
+	if err != nil {
+		diags.Append(repositoryProblem(path.Root("repository"), "Read", url.ValueString(), err))
+		return nil
+	}
+	return repo
+}
+
+func valueStrings(v ...validator.String) validator.Set { return setvalidator.ValueStringsAre(v...) }

@@ -1,0 +1,374 @@
+package provider
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/terraform-plugin-framework-timeouts/resource/timeouts"
+	"github.com/hashicorp/terraform-plugin-framework-timetypes/timetypes"
+	"github.com/hashicorp/terraform-plugin-framework/attr"
+	"github.com/hashicorp/terraform-plugin-framework/diag"
+	"github.com/hashicorp/terraform-plugin-framework/types"
+
+	"github.com/pgark/terraform-provider-pgark/internal/engine/guest"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
+)
+
+// backupJobModel is pgark_postgresql_backup_job. Nested attributes are objects rather than structs because any of them may
+// be unknown while planning.
+type backupJobModel struct {
+	Name               types.String   `tfsdk:"name"`
+	Host               types.String   `tfsdk:"host"`
+	Connection         types.Object   `tfsdk:"host_connection"`
+	Repository         types.String   `tfsdk:"repository"`
+	RepositorySettings types.Object   `tfsdk:"repository_settings"`
+	Instances          types.Object   `tfsdk:"instances"`
+	Image              types.Object   `tfsdk:"image"`
+	WAL                types.Object   `tfsdk:"wal"`
+	GuestSettings      types.Object   `tfsdk:"guest_settings"`
+	Credentials        types.Object   `tfsdk:"credentials"`
+	Enabled            types.Bool     `tfsdk:"enabled"`
+	DeletionPolicy     types.String   `tfsdk:"deletion_policy"`
+	WaitForFirstImage  types.Bool     `tfsdk:"wait_for_first_image"`
+	Timeouts           timeouts.Value `tfsdk:"timeouts"`
+
+	// What the guest has. Unknown in a plan that will change it.
+	MachineID           types.String `tfsdk:"machine_id"`
+	RunnerSHA256        types.String `tfsdk:"runner_sha256"`
+	ConfigSHA256        types.String `tfsdk:"config_sha256"`
+	ProtectedInstances  types.List   `tfsdk:"protected_instances"`
+	GuestSettingsActual types.Map    `tfsdk:"guest_settings_actual"`
+	Runners             types.Map    `tfsdk:"runners"`
+	GuestHasCredentials types.Bool   `tfsdk:"guest_has_credentials"`
+}
+
+type connectionModel struct {
+	Type        types.String `tfsdk:"type"`
+	Port        types.Int64  `tfsdk:"port"`
+	User        types.String `tfsdk:"user"`
+	HostKey     types.String `tfsdk:"host_key"`
+	BastionHost types.String `tfsdk:"bastion_host"`
+}
+
+type instancesModel struct {
+	Include types.Set `tfsdk:"include"`
+	Exclude types.Set `tfsdk:"exclude"`
+}
+
+type imageModel struct {
+	Schedule    types.String `tfsdk:"schedule"`
+	Timezone    types.String `tfsdk:"timezone"`
+	Compression types.String `tfsdk:"compression"`
+	Parallelism types.Int64  `tfsdk:"parallelism"`
+	MaxRate     types.Int64  `tfsdk:"max_rate"`
+	Capture     types.String `tfsdk:"capture"`
+	Retry       types.Object `tfsdk:"retry"`
+	Retention   types.Object `tfsdk:"retention"`
+	OnCreate    types.Bool   `tfsdk:"on_create"`
+}
+
+type retryModel struct {
+	Attempts types.Int64          `tfsdk:"attempts"`
+	Wait     timetypes.GoDuration `tfsdk:"wait"`
+}
+
+type imageRetentionModel struct {
+	KeepLast types.Int64 `tfsdk:"keep_last"`
+	KeepDays types.Int64 `tfsdk:"keep_days"`
+	Weekly   types.Int64 `tfsdk:"weekly"`
+	Monthly  types.Int64 `tfsdk:"monthly"`
+	Yearly   types.Int64 `tfsdk:"yearly"`
+}
+
+type walModel struct {
+	Mode               types.String         `tfsdk:"mode"`
+	Interval           timetypes.GoDuration `tfsdk:"interval"`
+	MaxLag             timetypes.GoDuration `tfsdk:"max_lag"`
+	TempFolder         types.String         `tfsdk:"temp_folder"`
+	TempFolderLimit    types.Int64          `tfsdk:"temp_folder_limit"`
+	Transport          types.String         `tfsdk:"transport"`
+	LogShippingServers types.Set            `tfsdk:"log_shipping_servers"`
+}
+
+type guestSettingsModel struct {
+	Manage                 types.Bool   `tfsdk:"manage"`
+	Restart                types.String `tfsdk:"restart"`
+	ExistingArchiveCommand types.String `tfsdk:"existing_archive_command"`
+}
+
+type credentialsModel struct {
+	Source                   types.String `tfsdk:"source"`
+	AccessKeyID              types.String `tfsdk:"access_key_id"`
+	SecretAccessKeyWO        types.String `tfsdk:"secret_access_key_wo"`
+	SecretAccessKeyWOVersion types.Int64  `tfsdk:"secret_access_key_wo_version"`
+}
+
+type protectedInstanceModel struct {
+	Name             types.String `tfsdk:"name"`
+	Version          types.Int64  `tfsdk:"version"`
+	DataDirectory    types.String `tfsdk:"data_directory"`
+	Port             types.Int64  `tfsdk:"port"`
+	SystemIdentifier types.String `tfsdk:"system_identifier"`
+}
+
+var (
+	connectionTypes         = attributeTypes(connectionAttribute())
+	repositorySettingsTypes = attributeTypes(repositorySettingsAttribute())
+	instancesTypes          = attributeTypes(instancesAttribute())
+	imageTypes              = attributeTypes(imageAttribute())
+	retryTypes              = imageTypes["retry"].(attr.TypeWithAttributeTypes).AttributeTypes()     //nolint:forcetypeassert // the schema says so
+	imageRetentionTypes     = imageTypes["retention"].(attr.TypeWithAttributeTypes).AttributeTypes() //nolint:forcetypeassert // the schema says so
+	walTypes                = attributeTypes(walAttribute())
+	guestSettingsTypes      = attributeTypes(guestSettingsAttribute())
+	protectedInstanceType   = types.ObjectType{AttrTypes: map[string]attr.Type{
+		"name": types.StringType, "version": types.Int64Type, "data_directory": types.StringType, "port": types.Int64Type, "system_identifier": types.StringType,
+	}}
+	settingsOfInstanceType = types.MapType{ElemType: types.StringType}
+)
+
+var jobName = func(name string) error { return job.ValidName(name) }
+
+func checkHost(host string) error {
+	if strings.ContainsAny(host, "/ \t\n") {
+		return fmt.Errorf("host %q holds a slash or a blank", host)
+	}
+	return nil
+}
+
+func oneOf(allowed ...string) func(string) error {
+	return func(s string) error {
+		if slices.Contains(allowed, s) {
+			return nil
+		}
+		return fmt.Errorf("%q is none of %s", s, strings.Join(allowed, ", "))
+	}
+}
+
+// toJob is the job that the model declares. Its protected instances are the guest's business: they are not in it.
+func (m backupJobModel) toJob(ctx context.Context, diags *diag.Diagnostics) *job.Job {
+	plain, _, _ := locationQuery(m.Repository.ValueString())
+	settings := decode[repositorySettingsModel](ctx, m.RepositorySettings, diags).settings()
+	instances := decode[instancesModel](ctx, m.Instances, diags)
+	image := decode[imageModel](ctx, m.Image, diags)
+	retry := decode[retryModel](ctx, image.Retry, diags)
+	retention := decode[imageRetentionModel](ctx, image.Retention, diags)
+	wal := decode[walModel](ctx, m.WAL, diags)
+
+	j := &job.Job{
+		Format:  job.Format,
+		Name:    m.Name.ValueString(),
+		Host:    m.Host.ValueString(),
+		Enabled: m.Enabled.ValueBool(),
+		Repository: job.Repository{
+			URL:          plain,
+			Region:       settings.region,
+			Endpoint:     settings.endpoint,
+			UsePathStyle: settings.usePathStyle,
+			StorageClass: settings.storageClass,
+		},
+		Instances: job.Selection{
+			Include: stringsOf(ctx, instances.Include, diags),
+			Exclude: stringsOf(ctx, instances.Exclude, diags),
+		},
+		Image: job.Image{
+			Schedule:    image.Schedule.ValueString(),
+			Timezone:    image.Timezone.ValueString(),
+			Compression: image.Compression.ValueString(),
+			Parallelism: int(image.Parallelism.ValueInt64()),
+			MaxRate:     image.MaxRate.ValueInt64(),
+			Capture:     image.Capture.ValueString(),
+			Retry:       job.Retry{Attempts: int(retry.Attempts.ValueInt64()), Wait: job.Duration(duration(retry.Wait))},
+			Retention: job.ImageRetention{
+				KeepLast: int(retention.KeepLast.ValueInt64()),
+				KeepDays: int(retention.KeepDays.ValueInt64()),
+				Weekly:   int(retention.Weekly.ValueInt64()),
+				Monthly:  int(retention.Monthly.ValueInt64()),
+				Yearly:   int(retention.Yearly.ValueInt64()),
+			},
+			OnCreate: image.OnCreate.ValueBool(),
+		},
+		WAL: job.WAL{
+			Mode:               wal.Mode.ValueString(),
+			Interval:           job.Duration(duration(wal.Interval)),
+			MaxLag:             job.Duration(duration(wal.MaxLag)),
+			TempFolder:         wal.TempFolder.ValueString(),
+			TempFolderLimit:    wal.TempFolderLimit.ValueInt64(),
+			Transport:          wal.Transport.ValueString(),
+			LogShippingServers: stringsOf(ctx, wal.LogShippingServers, diags),
+		},
+	}
+	j.ApplyDefaults()
+	return j
+}
+
+// fromJob takes over what a job file says, in the user's notation where that means the same.
+func (m *backupJobModel) fromJob(ctx context.Context, j *job.Job, diags *diag.Diagnostics) {
+	if plain, _, _ := locationQuery(m.Repository.ValueString()); plain != j.Repository.URL {
+		m.Repository = types.StringValue(j.Repository.URL)
+	}
+	settings := repositorySettings{
+		region: j.Repository.Region, endpoint: j.Repository.Endpoint,
+		usePathStyle: j.Repository.UsePathStyle, storageClass: j.Repository.StorageClass,
+	}
+	if decode[repositorySettingsModel](ctx, m.RepositorySettings, diags).settings() != settings || m.RepositorySettings.IsNull() {
+		m.RepositorySettings = encode(ctx, repositorySettingsTypes, settings.model(), diags)
+	}
+	m.Enabled = types.BoolValue(j.Enabled)
+	m.Instances = encode(ctx, instancesTypes, instancesModel{
+		Include: setOf(ctx, j.Instances.Include, diags),
+		Exclude: setOf(ctx, j.Instances.Exclude, diags),
+	}, diags)
+
+	prior := decode[imageModel](ctx, m.Image, diags)
+	retention := prior.Retention
+	if r := j.Image.Retention; r != (job.ImageRetention{}) {
+		retention = encode(ctx, imageRetentionTypes, imageRetentionModel{
+			KeepLast: count(int64(r.KeepLast)), KeepDays: count(int64(r.KeepDays)),
+			Weekly: count(int64(r.Weekly)), Monthly: count(int64(r.Monthly)), Yearly: count(int64(r.Yearly)),
+		}, diags)
+	} else if decode[imageRetentionModel](ctx, retention, diags) != (imageRetentionModel{}) || retention.IsNull() {
+		retention = types.ObjectNull(imageRetentionTypes) // an empty retention = {} means the same, and is left as written
+	}
+	m.Image = encode(ctx, imageTypes, imageModel{
+		Schedule:    types.StringValue(j.Image.Schedule),
+		Timezone:    types.StringValue(j.Image.Timezone),
+		Compression: types.StringValue(j.Image.Compression),
+		Parallelism: types.Int64Value(int64(j.Image.Parallelism)),
+		MaxRate:     count(j.Image.MaxRate),
+		Capture:     types.StringValue(j.Image.Capture),
+		Retry: encode(ctx, retryTypes, retryModel{
+			Attempts: types.Int64Value(int64(j.Image.Retry.Attempts)),
+			Wait:     durationValue(time.Duration(j.Image.Retry.Wait)),
+		}, diags),
+		Retention: retention,
+		OnCreate:  types.BoolValue(j.Image.OnCreate),
+	}, diags)
+	m.WAL = encode(ctx, walTypes, walModel{
+		Mode:               types.StringValue(j.WAL.Mode),
+		Interval:           durationValue(time.Duration(j.WAL.Interval)),
+		MaxLag:             durationValue(time.Duration(j.WAL.MaxLag)),
+		TempFolder:         text(j.WAL.TempFolder),
+		TempFolderLimit:    count(j.WAL.TempFolderLimit),
+		Transport:          types.StringValue(j.WAL.Transport),
+		LogShippingServers: setOf(ctx, j.WAL.LogShippingServers, diags),
+	}, diags)
+}
+
+// fillUndeclared gives what no guest knows its default: after an import there is nothing else to take it from.
+func (m *backupJobModel) fillUndeclared() {
+	if m.GuestSettings.IsNull() {
+		m.GuestSettings = objectOfDefaults(guestSettingsAttribute())
+	}
+	if m.Connection.IsNull() {
+		m.Connection = objectOfDefaults(connectionAttribute())
+	}
+	if m.DeletionPolicy.IsNull() {
+		m.DeletionPolicy = types.StringValue(defaultDeletionPolicy)
+	}
+	if m.WaitForFirstImage.IsNull() {
+		m.WaitForFirstImage = types.BoolValue(false)
+	}
+}
+
+// fromState takes over what the guest has. What is missing there becomes null, and differs from any plan.
+func (m *backupJobModel) fromState(ctx context.Context, s *guest.State, diags *diag.Diagnostics) {
+	m.fillUndeclared()
+	m.MachineID = text(s.Machine.ID)
+	m.RunnerSHA256 = text(s.RunnerSHA256)
+	m.GuestHasCredentials = types.BoolValue(s.HasCredentials)
+	m.ConfigSHA256 = types.StringNull()
+	m.ProtectedInstances = types.ListNull(protectedInstanceType)
+	if s.Job != nil {
+		m.fromJob(ctx, s.Job, diags)
+		m.ConfigSHA256 = types.StringValue(s.Job.Digest())
+		protected := make([]protectedInstanceModel, 0, len(s.Job.Protected))
+		for _, i := range s.Job.Protected {
+			protected = append(protected, protectedInstanceModel{
+				Name: types.StringValue(i.Name), Version: types.Int64Value(int64(i.Version)), DataDirectory: types.StringValue(i.DataDirectory),
+				Port: types.Int64Value(int64(i.Port)), SystemIdentifier: types.StringValue(i.SystemID.String()),
+			})
+		}
+		list, d := types.ListValueFrom(ctx, protectedInstanceType, protected)
+		diags.Append(d...)
+		m.ProtectedInstances = list
+	}
+
+	settings, runners := map[string]attr.Value{}, map[string]attr.Value{}
+	for _, i := range s.Instances {
+		runners[i.Name] = types.StringValue(i.Runner)
+		values := map[string]attr.Value{}
+		for _, name := range ownedSettings {
+			if v, ok := i.Settings[name]; ok {
+				values[name] = types.StringValue(settingForState(name, v))
+			}
+		}
+		settings[i.Name] = types.MapValueMust(types.StringType, values)
+	}
+	m.Runners = types.MapValueMust(types.StringType, runners)
+	m.GuestSettingsActual = types.MapValueMust(settingsOfInstanceType, settings)
+	if !m.settingsPolicy(ctx, diags).Manage {
+		m.GuestSettingsActual = types.MapNull(settingsOfInstanceType) // not ours
+	}
+}
+
+// ownedSettings are the PostgreSQL settings that decide whether WAL reaches us. Others, though checked as prerequisites,
+// are the user's: what they become is none of our business.
+var ownedSettings = []string{"archive_mode", "archive_command", "archive_library"}
+
+// settingForState cuts a foreign archive_command down to its program: its arguments may hold a password, and no secret
+// enters the state.
+func settingForState(name, value string) string {
+	if name != "archive_command" || strings.Contains(value, "/pgark wal push --job ") {
+		return value
+	}
+	program, rest, _ := strings.Cut(strings.TrimSpace(value), " ")
+	switch {
+	case strings.Contains(program, "="):
+		return "…" // NAME=secret command
+	case rest != "":
+		return program + " …"
+	}
+	return program
+}
+
+func (m backupJobModel) settingsPolicy(ctx context.Context, diags *diag.Diagnostics) guest.SettingsPolicy {
+	s := decode[guestSettingsModel](ctx, m.GuestSettings, diags)
+	return guest.SettingsPolicy{
+		Manage:                 s.Manage.ValueBool(),
+		Restart:                s.Restart.ValueString(),
+		ExistingArchiveCommand: s.ExistingArchiveCommand.ValueString(),
+	}
+}
+
+// repairPolicy is the policy for what is there already. existing_archive_command is about commands from before us: on
+// instances that the job protects, another command came after us, and is what a repair is about. While the plan changes
+// which instances those are, protected_instances is unknown, and the declared policy holds for all.
+func (m backupJobModel) repairPolicy(ctx context.Context, diags *diag.Diagnostics) guest.SettingsPolicy {
+	p := m.settingsPolicy(ctx, diags)
+	if !m.ProtectedInstances.IsUnknown() && len(m.ProtectedInstances.Elements()) > 0 && p.ExistingArchiveCommand == defaultExisting {
+		p.ExistingArchiveCommand = existingReplace
+	}
+	return p
+}
+
+func (m backupJobModel) connectionType(ctx context.Context, diags *diag.Diagnostics) string {
+	if t := decode[connectionModel](ctx, m.Connection, diags).Type.ValueString(); t != "" {
+		return t
+	}
+	return connectionSSH
+}
+
+// wantsCredentials reports whether the guest is to hold S3 keys.
+func (m backupJobModel) wantsCredentials(ctx context.Context, diags *diag.Diagnostics) bool {
+	return !isFile(m.Repository.ValueString()) && m.credentialsSource(ctx, diags) != credentialsInstance
+}
+
+func (m backupJobModel) credentialsSource(ctx context.Context, diags *diag.Diagnostics) string {
+	if s := decode[credentialsModel](ctx, m.Credentials, diags).Source.ValueString(); s != "" {
+		return s
+	}
+	return credentialsProvider
+}
