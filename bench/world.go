@@ -50,7 +50,7 @@ type world struct {
 	mounts          []string
 }
 
-func newWorld(ctx context.Context, mib int, peerRoot string) (w *world, err error) {
+func newWorld(ctx context.Context, mib int, peerRoot string) (_ *world, err error) {
 	if err := becomeReaper(); err != nil {
 		return nil, err
 	}
@@ -69,7 +69,7 @@ func newWorld(ctx context.Context, mib int, peerRoot string) (w *world, err erro
 	if err != nil {
 		return nil, err
 	}
-	w = &world{ctx: ctx, dir: dir, data: filepath.Join(dir, "data"), socket: filepath.Join(dir, "s"), bin: bins[len(bins)-1],
+	w := &world{ctx: ctx, dir: dir, data: filepath.Join(dir, "data"), socket: filepath.Join(dir, "s"), bin: bins[len(bins)-1],
 		uid: uint32(uid), gid: uint32(gid), peerRoot: peerRoot}
 	defer func() {
 		if err != nil {
@@ -79,7 +79,7 @@ func newWorld(ctx context.Context, mib int, peerRoot string) (w *world, err erro
 	if err := os.Chmod(dir, 0o755); err != nil {
 		return nil, err
 	}
-	for _, d := range []string{"s", "s3/pgark", "s3/peer", "restored"} {
+	for _, d := range []string{"", "s", "s3/pgark", "s3/peer", "restored"} {
 		if err := w.ownedDir(filepath.Join(dir, d)); err != nil {
 			return nil, err
 		}
@@ -196,6 +196,9 @@ func (w *world) startPostgres() error {
 	if err != nil {
 		return err
 	}
+	if _, err := w.conn.Exec(w.ctx, "SET search_path TO public"); err != nil {
+		return err
+	}
 	return w.conn.QueryRow(w.ctx, "SELECT 'PostgreSQL ' || current_setting('server_version')").Scan(&w.postgresVersion)
 }
 
@@ -223,8 +226,12 @@ func (w *world) fill(mib int) error {
 	if _, err := w.conn.PgConn().CopyFrom(w.ctx, r, "COPY document FROM STDIN"); err != nil {
 		return err
 	}
-	_, err := w.conn.Exec(w.ctx, "CREATE INDEX ON document (key); VACUUM ANALYZE; CHECKPOINT")
-	return err
+	for _, s := range []string{"CREATE INDEX ON document (key)", "VACUUM ANALYZE", "CHECKPOINT"} {
+		if _, err := w.conn.Exec(w.ctx, s); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func writeDocument(b *bufio.Writer, rng *mathrand.Rand, id int) {

@@ -222,10 +222,10 @@ func (d *daemon) reread() error {
 	return nil
 }
 
-func (d *daemon) current() (config, *protection) {
+func (d *daemon) current() config {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.config, d.protection
+	return d.config
 }
 
 // enter notes the state. A problem that is new is logged; p is nil in every state but Running.
@@ -260,7 +260,7 @@ var errReopen = errors.New("the runner opens the repository again")
 // protect opens a protection, runs it, and opens another, until ctx ends.
 func (d *daemon) protect(ctx context.Context) {
 	for wait := reopenFirst; ctx.Err() == nil; {
-		c, _ := d.current()
+		c := d.current()
 		p, err := d.open(ctx, c)
 		if err == nil {
 			wait = reopenFirst
@@ -302,7 +302,7 @@ func (d *daemon) handle(ctx context.Context, r control.Request, progress func(st
 	case control.OpStatus:
 		return control.Answer{OK: true, Status: d.status()}
 	case control.OpImage:
-		return d.image(ctx, progress)
+		return d.image(ctx, r.Kind, progress)
 	case control.OpReload:
 		if err := d.reread(); err != nil {
 			return control.Fail(err)

@@ -243,7 +243,7 @@ func TestRunner_images(t *testing.T) {
 	for range 2 {
 		go func() {
 			var info repository.ImageInfo
-			b, err := control.TakeImage(context.Background(), g.socket(), nil)
+			b, err := control.TakeImage(context.Background(), g.socket(), control.AnyKind, nil)
 			if err == nil {
 				err = json.Unmarshal(b, &info)
 			}
@@ -318,7 +318,7 @@ func TestRunner_images(t *testing.T) {
 	progressing := make(chan struct{})
 	go func() {
 		var once sync.Once
-		_, err := control.TakeImage(context.Background(), g.socket(), func(string) { once.Do(func() { close(progressing) }) })
+		_, err := control.TakeImage(context.Background(), g.socket(), control.AnyKind, func(string) { once.Do(func() { close(progressing) }) })
 		interrupted <- err
 	}()
 	<-progressing
@@ -328,7 +328,7 @@ func TestRunner_images(t *testing.T) {
 	}
 	g.run()
 	g.mustReach(control.Running)
-	if _, err := control.TakeImage(t.Context(), g.socket(), nil); err != nil {
+	if _, err := control.TakeImage(t.Context(), g.socket(), control.AnyKind, nil); err != nil {
 		t.Error(err)
 	}
 	if head, err = g.series().Head(t.Context()); err != nil || len(head.Sessions) != 0 {

@@ -44,6 +44,7 @@ type images struct {
 
 // taking is one image being taken.
 type taking struct {
+	kind control.Kind
 	done chan struct{} // Closed when info or err is set.
 	info *repository.ImageInfo
 	err  error
@@ -64,8 +65,8 @@ func (t *taking) shown() string {
 	return t.progress
 }
 
-func newImages(p *protection) (*images, error) {
-	return &images{p: p, demand: make(chan *taking, 1), wake: make(chan struct{}, 1)}, nil
+func newImages(p *protection) *images {
+	return &images{p: p, demand: make(chan *taking, 1), wake: make(chan struct{}, 1)}
 }
 
 func (m *images) reconsider() {
@@ -75,12 +76,12 @@ func (m *images) reconsider() {
 	}
 }
 
-// request starts an image, or joins the one that is being taken.
-func (m *images) request() *taking {
+// request starts an image, or joins the one that is being taken, which may be of another kind.
+func (m *images) request(kind control.Kind) *taking {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.current == nil {
-		m.current = &taking{done: make(chan struct{})}
+		m.current = &taking{kind: kind, done: make(chan struct{})}
 		m.demand <- m.current
 	}
 	return m.current
@@ -100,14 +101,14 @@ func (m *images) begin() *taking {
 // run takes images until ctx ends.
 func (m *images) run(ctx context.Context) {
 	plan := m.plan(ctx)
-	c, _ := m.p.d.current()
+	c := m.p.d.current()
 	if plan.exhausted(c.job, time.Now()) {
 		m.p.d.log.Error("the image failed for good: its last attempt ended with the runner", "attempts", c.job.Image.Retry.Attempts)
 	}
 	var again time.Time // of the next attempt at an image that failed
 	excused := false    // the latest failure was PostgreSQL not running
 	for ctx.Err() == nil {
-		c, _ = m.p.d.current()
+		c = m.p.d.current()
 		now := time.Now()
 		at := plan.due(c.job, now)
 		if !again.IsZero() && c.job.Enabled {
@@ -126,7 +127,7 @@ func (m *images) run(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 		case <-m.wake:
-			c, _ = m.p.d.current()
+			c = m.p.d.current()
 			plan.changed(c.job)
 		case t = <-m.demand:
 			now = time.Now()
@@ -184,7 +185,7 @@ func serverAway(err error) bool {
 
 // take takes one image and does what follows from it.
 func (m *images) take(ctx context.Context, t *taking) error {
-	info, err := m.p.takeImage(ctx, t.show)
+	info, err := m.p.takeImage(ctx, t.kind, t.show)
 	if ctx.Err() != nil && err != nil {
 		err = fmt.Errorf("%w: %w", context.Cause(ctx), err)
 	}
@@ -210,10 +211,9 @@ func (m *images) take(ctx context.Context, t *taking) error {
 func (m *images) finish(t *taking, info *repository.ImageInfo, err error) {
 	m.mu.Lock()
 	m.current = nil
-	switch {
-	case err == nil:
+	if err == nil {
 		m.last, m.lastError, m.lastErrorAt = info, "", time.Time{}
-	default:
+	} else {
 		m.lastError, m.lastErrorAt = err.Error(), time.Now()
 	}
 	m.mu.Unlock()
@@ -244,21 +244,26 @@ func (m *images) status() control.ImageStatus {
 	return s
 }
 
-// image answers the request for an image: it takes one, or waits for the one that is being taken.
-func (d *daemon) image(ctx context.Context, progress func(string) error) control.Answer {
+// image answers the request for an image: it takes one, or waits for the one that is being taken. A full one is only
+// done by a full one: it follows the one that is being taken.
+func (d *daemon) image(ctx context.Context, kind control.Kind, progress func(string) error) control.Answer {
 	waiting, cancel := context.WithTimeoutCause(ctx, answerAfter, errors.New("the runner is still opening the repository"))
 	defer cancel()
 	p, err := d.ready(waiting)
 	if err != nil {
 		return control.Fail(fmt.Errorf("take an image: %w", err))
 	}
-	t := p.images.request()
+	t := p.images.request(kind)
 	tick := time.NewTicker(250 * time.Millisecond)
 	defer tick.Stop()
 	shown := ""
 	for {
 		select {
 		case <-t.done:
+			if kind == control.FullKind && t.kind != kind {
+				t = p.images.request(kind)
+				continue
+			}
 			if t.err != nil {
 				return control.Fail(t.err)
 			}

@@ -36,7 +36,7 @@ type memory struct {
 
 // plan reads what is remembered, and what the series has.
 func (m *images) plan(ctx context.Context) *plan {
-	c, _ := m.p.d.current()
+	c := m.p.d.current()
 	p := &plan{
 		file: filepath.Join(m.p.d.o.Layout.StateDirectory(m.p.d.o.Job, m.p.d.o.Instance), "image-schedule.json"),
 		log:  m.p.d.log,

@@ -66,7 +66,7 @@ func (d *daemon) open(ctx context.Context, c config) (*protection, error) {
 	id := repository.SeriesID{Job: d.o.Job, Instance: d.o.Instance, SystemID: pg.SystemID}
 	p := &protection{
 		d: d, repo: patient, series: patient.Series(id), machine: machine,
-		systemID: pg.SystemID, segment: postgres.SegmentSize(pg.WALSegmentSize), dataDir: c.instance.DataDirectory,
+		systemID: pg.SystemID, segment: pg.WALSegmentSize, dataDir: c.instance.DataDirectory,
 	}
 	// Whoever holds the instance's lock on this machine is the only one to take its images: what is open is left over.
 	evicted, err := quick.Series(id).Evict(ctx, func(s repository.OpenSession) bool {
@@ -91,10 +91,7 @@ func (d *daemon) open(ctx context.Context, c config) (*protection, error) {
 		p.end(err)
 		return nil, err
 	}
-	if p.images, err = newImages(p); err != nil {
-		p.end(err)
-		return nil, err
-	}
+	p.images = newImages(p)
 	return p, nil
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"time"
 
+	"github.com/pgark/terraform-provider-pgark/internal/engine/daemon/control"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/image"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/repository"
@@ -11,11 +12,12 @@ import (
 )
 
 // takeImage takes one image, as the job file says now.
-func (p *protection) takeImage(ctx context.Context, progress func(line string)) (*repository.ImageInfo, error) {
-	c, _ := p.d.current()
+func (p *protection) takeImage(ctx context.Context, kind control.Kind, progress func(line string)) (*repository.ImageInfo, error) {
+	c := p.d.current()
 	begun := false
 	info, err := image.Take(ctx, image.Options{
 		Series: p.series, Instance: c.instance, Plan: c.job.Image, Host: p.d.host, MachineID: p.machine,
+		ForceFull:      kind == control.FullKind,
 		StateDirectory: p.d.o.Layout.StateDirectory(p.d.o.Job, p.d.o.Instance),
 		WaitWAL:        p.shipper.Wait,
 		Log:            p.d.log,
@@ -36,7 +38,7 @@ func (p *protection) takeImage(ctx context.Context, progress func(line string)) 
 // retain applies what the job declares to be kept, after an image, when the guest is to do it. Without any declaration
 // nothing is deleted but what images that failed have left behind.
 func (p *protection) retain(ctx context.Context) {
-	c, _ := p.d.current()
+	c := p.d.current()
 	declared := c.job.WALRetention
 	if declared != nil && declared.EnforcedBy != "guest" {
 		return

@@ -210,7 +210,7 @@ func (g *guest) start(args ...string) *process {
 		g.t.Fatal(err)
 	}
 	defer out.Close()
-	p.cmd = exec.Command(g.binary, args...)
+	p.cmd = exec.CommandContext(context.Background(), g.binary, args...) // until its clean-up
 	p.cmd.Env = []string{job.RootVariable + "=" + g.layout.Root, "PATH=" + os.Getenv("PATH")}
 	p.cmd.Env = append(p.cmd.Env, g.env...)
 	p.cmd.Stdout, p.cmd.Stderr = out, out
@@ -306,7 +306,7 @@ func archived(t testing.TB, c *pgtest.Cluster) string {
 func copyCluster(t testing.TB, c *pgtest.Cluster) string {
 	t.Helper()
 	to := filepath.Join(pgtest.Dir(t), "data")
-	if out, err := exec.Command("cp", "-a", c.DataDir, to).CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(t.Context(), "cp", "-a", c.DataDir, to).CombinedOutput(); err != nil {
 		t.Fatalf("copy %s: %v: %s", c.DataDir, err, out)
 	}
 	return to

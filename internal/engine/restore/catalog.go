@@ -64,6 +64,16 @@ type Image struct {
 	VerifiedAt      *time.Time        `json:"verified_at"`
 }
 
+// DescribeImage shows an image whose WAL is there, as a listing does: one that was just committed, say.
+func DescribeImage(i repository.ImageInfo) Image {
+	return Image{
+		ID: i.SID.String(), Kind: i.Kind, Status: Restorable,
+		StartedAt: i.StartedAt, CompletedAt: i.CompletedAt, StartLSN: i.StartLSN, StopLSN: i.StopLSN, Timeline: i.Timeline,
+		PostgresVersion: i.PostgresVersion,
+		SourceBytes:     i.SourceBytes, ReadBytes: i.ReadBytes, StoredBytes: i.StoredBytes, CorruptPages: i.CorruptPages,
+	}
+}
+
 // lookBack is how many segments are asked for a commit's time, from a stretch's end, before giving up: idle hours of
 // one segment a minute are bridged with few requests, since the first usually answers.
 const lookBack = 64
@@ -120,7 +130,9 @@ func (l *SeriesListing) filter(f Filter) {
 
 // seriesState is a series as read at one moment.
 type seriesState struct {
+	id        repository.SeriesID
 	series    *repository.Series
+	header    func(ctx context.Context, name string) (repository.WALInfo, error)
 	images    []repository.ImageInfo // oldest first
 	inventory *inventory
 	survey    survey
@@ -131,7 +143,7 @@ type seriesState struct {
 
 // readSeries reads head, histories and the names of the WAL.
 func readSeries(ctx context.Context, series *repository.Series) (*seriesState, error) {
-	s := &seriesState{series: series, times: map[string]repository.WALInfo{}}
+	s := &seriesState{id: series.ID(), series: series, header: series.StatWAL, times: map[string]repository.WALInfo{}}
 	head, err := series.Head(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("read head: %w", err)
@@ -233,15 +245,9 @@ func (v *inventory) guessForks() {
 }
 
 func (s *seriesState) listing(ctx context.Context) (SeriesListing, error) {
-	id := s.series.ID()
-	l := SeriesListing{Job: id.Job, Instance: id.Instance, SystemIdentifier: id.SystemID}
+	l := SeriesListing{Job: s.id.Job, Instance: s.id.Instance, SystemIdentifier: s.id.SystemID}
 	for _, i := range s.images {
-		image := Image{
-			ID: i.SID.String(), Kind: i.Kind, Status: Restorable,
-			StartedAt: i.StartedAt, CompletedAt: i.CompletedAt, StartLSN: i.StartLSN, StopLSN: i.StopLSN, Timeline: i.Timeline,
-			PostgresVersion: i.PostgresVersion,
-			SourceBytes:     i.SourceBytes, ReadBytes: i.ReadBytes, StoredBytes: i.StoredBytes, CorruptPages: i.CorruptPages,
-		}
+		image := DescribeImage(i)
 		if why, ok := s.survey.incomplete[i.SID]; ok {
 			image.Status, image.Reason = Incomplete, why
 		}
@@ -372,7 +378,7 @@ func (s *seriesState) stat(ctx context.Context, t postgres.Timeline, number uint
 	if ok {
 		return i, nil
 	}
-	i, err := s.series.StatWAL(ctx, name)
+	i, err := s.header(ctx, name)
 	if errors.Is(err, objectstore.ErrNotExist) {
 		err = nil // retention removed it meanwhile: it tells nothing
 	}

@@ -21,8 +21,8 @@ func GetStatus(ctx context.Context, socket string) (*Status, error) {
 
 // TakeImage has a runner take an image, or waits for the one that it is taking. It returns the image's
 // repository.ImageInfo in JSON.
-func TakeImage(ctx context.Context, socket string, progress func(line string)) (json.RawMessage, error) {
-	a, err := Ask(ctx, socket, Request{Op: OpImage}, progress)
+func TakeImage(ctx context.Context, socket string, kind Kind, progress func(line string)) (json.RawMessage, error) {
+	a, err := Ask(ctx, socket, Request{Op: OpImage, Kind: kind}, progress)
 	if err != nil {
 		return nil, err
 	}

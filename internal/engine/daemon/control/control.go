@@ -45,10 +45,20 @@ const (
 	OpFetch  Op = "fetch"
 )
 
+// Kind says what kind of image is asked for. Part of the protocol.
+type Kind string
+
+// The kinds: whatever fits, or one that stores everything anew.
+const (
+	AnyKind  Kind = ""
+	FullKind Kind = "full"
+)
+
 // Request is what is asked.
 type Request struct {
 	Op   Op     `json:"op"`
 	Path string `json:"path,omitempty"` // push: absolute
+	Kind Kind   `json:"kind,omitempty"` // image
 	Name string `json:"name,omitempty"` // fetch: of the WAL file
 }
 
@@ -154,6 +164,9 @@ func (e *AnswerError) Error() string { return e.Message }
 func Ask(ctx context.Context, socket string, r Request, progress func(line string)) (*Answer, error) {
 	conn, err := dial(ctx, socket)
 	if err != nil {
+		if ctx.Err() != nil {
+			return nil, asked(ctx, socket, r, err)
+		}
 		return nil, &NotRunningError{Socket: socket, Err: plain(err)}
 	}
 	defer conn.Close()
@@ -257,20 +270,21 @@ func Listen(socket string) (net.Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listen on %s: %w", socket, plain(err))
 	}
-	u := l.(*net.UnixListener)
-	u.SetUnlinkOnClose(false) // by the name of bind, which may be a /proc name of a descriptor long closed
-	return &listener{UnixListener: u, socket: socket}, nil
+	if u, ok := l.(*net.UnixListener); ok {
+		u.SetUnlinkOnClose(false) // by the name of bind, which may be a /proc name of a descriptor long closed
+	}
+	return &listener{Listener: l, socket: socket}, nil
 }
 
 type listener struct {
-	*net.UnixListener
+	net.Listener
 	socket string
 }
 
 func (l *listener) Close() error {
 	// Removed first: whoever finds no socket is told at once that no runner is there, instead of a refused connection.
 	_ = os.Remove(l.socket)
-	return l.UnixListener.Close()
+	return l.Listener.Close()
 }
 
 // Handler answers a request. progress sends a line ahead of the answer; an error of it means that the asker is gone.
