@@ -88,7 +88,7 @@ func start(arguments []string, ring string) error {
 		return err
 	}
 	defer log.Close()
-	cmd := exec.Command(self, arguments...)
+	cmd := exec.CommandContext(context.Background(), self, arguments...) // it outlives us
 	cmd.Dir = "/"
 	cmd.Stderr = log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}

@@ -294,7 +294,7 @@ func TestMove_toAnotherFileSystem(t *testing.T) {
 	if err := os.WriteFile(from, []byte("wal"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	dir, err := os.MkdirTemp("/dev/shm", "pgark-test-")
+	dir, err := os.MkdirTemp("/dev/shm", "pgark-test-") //nolint:usetesting // t.TempDir is on the file system of from
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -145,7 +145,7 @@ type identity struct {
 func identify(info fs.FileInfo) identity {
 	id := identity{size: info.Size(), modified: info.ModTime()}
 	if st, ok := info.Sys().(*syscall.Stat_t); ok {
-		id.device, id.inode = uint64(st.Dev), st.Ino
+		id.device, id.inode = st.Dev, st.Ino
 		// Renaming and linking change it too. That costs at most one more reading.
 		id.changed = time.Unix(st.Ctim.Unix())
 	}
@@ -289,10 +289,11 @@ func (s *Shipper) Ship(ctx context.Context, path string) (Receipt, error) {
 		s.poke()
 
 		err = nil
+		late := false
 		select {
 		case <-changed:
 		case <-timer.C:
-			err = &PendingError{Name: name, Repository: s.o.Repository, Waited: time.Since(asked)}
+			late = true
 		case <-s.ended:
 			err = fmt.Errorf("store wal %s: %w", name, ErrStopped)
 		case <-ctx.Done():
@@ -300,13 +301,14 @@ func (s *Shipper) Ship(ctx context.Context, path string) (Receipt, error) {
 		}
 		s.mu.Lock()
 		f.asked--
-		if p, ok := err.(*PendingError); ok {
-			p.Err = f.err
-			if p.Err == nil {
-				p.Err = s.away
-			}
+		why := f.err
+		if why == nil {
+			why = s.away
 		}
 		s.mu.Unlock()
+		if late {
+			return Receipt{}, &PendingError{Name: name, Repository: s.o.Repository, Waited: time.Since(asked), Err: why}
+		}
 		if err != nil {
 			return Receipt{}, err
 		}
@@ -576,7 +578,7 @@ func (s *Shipper) attempt(ctx context.Context, f *file, buffer []byte) []byte {
 		// It went between the reading of archive_status and ours.
 		delete(s.files, f.name)
 		return buffer
-	case context.Cause(ctx) == ErrStopped:
+	case errors.Is(context.Cause(ctx), ErrStopped):
 		f.state = fileWaiting
 		return buffer
 	}
