@@ -11,12 +11,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
 
-	"github.com/pgark/terraform-provider-pgark/internal/engine/daemon/control"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
 )
 
@@ -105,27 +106,63 @@ func (b *background) ended() bool {
 }
 
 func (b *background) stop(ctx context.Context) error {
-	var pids []int
-	if file, err := os.ReadFile(b.layout.PIDFile(b.job, b.instance)); err == nil {
-		if pid, err := strconv.Atoi(string(bytes.TrimSpace(file))); err == nil && isRunner(pid, b.job, b.instance) {
-			pids = append(pids, pid)
+	// The supervisor first: it would start the runner again. It passes the signal on and waits for its runner, so that
+	// there is nothing left to stop the second time, unless it was killed.
+	for _, which := range []func(args []string) bool{isSupervisor, func([]string) bool { return true }} {
+		pids, err := b.processes(which)
+		if err != nil {
+			return err
 		}
-	}
-	// The supervisor first: it would start the runner again.
-	short, cancel := context.WithTimeout(ctx, 2*time.Second)
-	defer cancel()
-	if s, err := control.GetStatus(short, b.layout.Socket(b.job, b.instance)); err == nil && isRunner(s.PID, b.job, b.instance) {
-		pids = append(pids, s.PID)
-	}
-	for n, pid := range pids {
-		// A supervisor passes the signal on, and waits for its runner.
-		if n == 0 || isRunner(pid, b.job, b.instance) {
+		for _, pid := range pids {
 			if err := endProcess(ctx, pid); err != nil {
 				return fmt.Errorf("stop the runner of %s: %w", b.instance, err)
 			}
 		}
 	}
 	return nil
+}
+
+func isSupervisor(args []string) bool { return slices.Contains(args, "--supervise") }
+
+// processes finds the instance's supervisor and runner among all processes. The pid file would not do: a supervisor that
+// was just started has not written it yet, and one that was killed leaves it behind.
+func (b *background) processes(which func(args []string) bool) ([]int, error) {
+	lib, err := filepath.EvalSymlinks(b.layout.LibDirectory())
+	if errors.Is(err, fs.ErrNotExist) {
+		lib = b.layout.LibDirectory()
+	} else if err != nil {
+		return nil, err
+	}
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, fmt.Errorf("read processes: %w", err)
+	}
+	var pids []int
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		exe, err := os.Readlink(filepath.Join("/proc", e.Name(), "exe"))
+		if err != nil || !strings.HasPrefix(exe, lib+"/") {
+			continue
+		}
+		cmdline, err := os.ReadFile(filepath.Join("/proc", e.Name(), "cmdline"))
+		if err != nil {
+			continue // it has just ended
+		}
+		args := strings.Split(strings.TrimRight(string(cmdline), "\x00"), "\x00")
+		if len(args) > 1 && args[1] == "run" && b.concerns(args[2:]) && which(args) {
+			pids = append(pids, pid)
+		}
+	}
+	return pids, nil
+}
+
+// concerns tells whether arguments of `pgark run` name this instance.
+func (b *background) concerns(args []string) bool {
+	line := " " + strings.ReplaceAll(strings.Join(args, " "), "=", " ") + " " // --job orders, --job=orders
+	return strings.Contains(line, " --job "+b.job+" ") && strings.Contains(line, " --instance "+b.instance+" ")
 }
 
 // endProcess asks a process to end, and kills it if it does not in time.

@@ -7,8 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/pgark/terraform-provider-pgark/internal/engine/daemon/control"
@@ -143,18 +141,4 @@ func (g *local) isCurrent(pid int) bool {
 	}
 	running, err := os.Stat(fmt.Sprintf("/proc/%d/exe", pid))
 	return err == nil && os.SameFile(current, running)
-}
-
-// isRunner tells whether a process is the runner, or the supervisor, of an instance: process ids are used again.
-func isRunner(pid int, name, instance string) bool {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-	if err != nil {
-		return false
-	}
-	args := strings.Split(strings.TrimRight(string(b), "\x00"), "\x00")
-	if len(args) < 2 || filepath.Base(args[0]) != "pgark" || args[1] != "run" {
-		return false
-	}
-	line := strings.ReplaceAll(strings.Join(args[2:], " "), "=", " ") + " "
-	return strings.Contains(line, "--job "+name+" ") && strings.Contains(line, "--instance "+instance+" ")
 }

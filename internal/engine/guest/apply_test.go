@@ -1,0 +1,515 @@
+//go:build linux
+
+package guest_test
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"os/user"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/pgark/terraform-provider-pgark/internal/engine/daemon/control"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/guest"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/objectstore"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/repository"
+	"github.com/pgark/terraform-provider-pgark/test/pgtest"
+)
+
+func digest(b []byte) string {
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:])
+}
+
+// One guest's life: applied, applied again, changed, upgraded, destroyed.
+func TestApply_life(t *testing.T) {
+	w := newWorld(t)
+	c := cluster(t, pgtest.Options{})
+	before := autoConf(t, c)
+	j := w.job(c)
+
+	s := w.apply(j)
+	if len(s.Instances) != 1 || s.Instances[0].Name != name(c) || s.Instances[0].Runner != "running" || s.Instances[0].Problem != "" {
+		t.Fatalf("instances: found %+v", s.Instances)
+	}
+	ours := w.layout.ArchiveCommand(jobName, name(c))
+	if found := s.Instances[0].Settings; found["archive_command"] != ours || found["archive_mode"] != "on" {
+		t.Errorf("settings: found %v", found)
+	}
+	if s.RunnerSHA256 != digest(runnerBinary) || s.HasCredentials || s.Job == nil || s.Instances[0].SystemID != c.SystemID {
+		t.Errorf("found %+v", s)
+	}
+	if found := s.Job.Protected; len(found) != 1 || found[0].DataDirectory != c.DataDir || found[0].Port != c.Port || found[0].Owner != c.Owner {
+		t.Errorf("protected: found %+v", found)
+	}
+	if show := c.Scalar("show archive_command"); show != ours {
+		t.Errorf("archive_command: found %q, expected %q", show, ours)
+	}
+	w.waitForWAL(c, c.SwitchWAL())
+	runner := w.status(c)
+	if u := processOwner(t, runner.PID); u != c.Owner {
+		t.Errorf("the runner belongs to %s, expected %s", u, c.Owner)
+	}
+
+	t.Run("the same again changes nothing", func(t *testing.T) {
+		files, conf := w.files(), autoConf(t, c)
+		again := w.apply(j)
+		if again.Job.Digest() != s.Job.Digest() || autoConf(t, c) != conf || !slices.Equal(w.files(), files) {
+			t.Error("something changed")
+		}
+		if found := w.status(c); found.PID != runner.PID {
+			t.Errorf("the runner was started anew: process %d, then %d", runner.PID, found.PID)
+		}
+	})
+	t.Run("WAL retention is another resource's", func(t *testing.T) {
+		must(t, w.guest.SetWALRetention(w.ctx, jobName, &job.WALRetention{KeepDays: 15}))
+		s := w.apply(j)
+		if r := s.Job.WALRetention; r == nil || r.KeepDays != 15 || r.EnforcedBy != "guest" {
+			t.Errorf("found %+v", r)
+		}
+		must(t, w.guest.SetWALRetention(w.ctx, jobName, nil))
+		s, err := w.guest.State(w.ctx, jobName)
+		if err != nil || s.Job.WALRetention != nil {
+			t.Errorf("found %+v, %v", s, err)
+		}
+		if err := w.guest.SetWALRetention(w.ctx, jobName, &job.WALRetention{KeepDays: 1, UntilImageDeleted: true}); err == nil {
+			t.Error("an invalid retention was written")
+		}
+		if err := w.guest.SetWALRetention(w.ctx, "nobody", nil); !errors.Is(err, guest.ErrNoJob) {
+			t.Errorf("found %v, expected ErrNoJob", err)
+		}
+	})
+	t.Run("a change reaches the runner as it runs", func(t *testing.T) {
+		j.Image.Schedule = "0 3 * * *"
+		w.apply(j)
+		found := w.status(c)
+		if found.PID != runner.PID || found.Image.Next == nil || found.Image.Next.UTC().Hour() != 3 {
+			t.Errorf("found %+v, expected process %d with the next image at 3", found.Image, runner.PID)
+		}
+	})
+	t.Run("drift is seen and repaired", func(t *testing.T) {
+		c.Exec("alter system set archive_command = '/bin/true'")
+		c.Exec("select pg_reload_conf()")
+		changed := filepath.Join(w.layout.Root, "changed")
+		must(t, os.WriteFile(changed, []byte("changed"), 0o755))
+		must(t, os.Remove(w.layout.BinaryLink()))
+		must(t, os.Symlink(changed, w.layout.BinaryLink()))
+		s, err := w.guest.State(w.ctx, jobName)
+		must(t, err)
+		if s.RunnerSHA256 != digest([]byte("changed")) {
+			t.Errorf("runner: found %s", s.RunnerSHA256)
+		}
+		for deadline := time.Now().Add(10 * time.Second); s.Instances[0].Settings["archive_command"] != "/bin/true"; {
+			if time.Now().After(deadline) {
+				t.Fatalf("settings: found %v", s.Instances[0].Settings)
+			}
+			s, err = w.guest.State(w.ctx, jobName)
+			must(t, err)
+		}
+		w.policy.ExistingArchiveCommand = "replace"
+		s = w.apply(j)
+		if s.RunnerSHA256 != digest(runnerBinary) || s.Instances[0].Settings["archive_command"] != ours {
+			t.Errorf("found %+v", s)
+		}
+		w.policy.ExistingArchiveCommand = "fail"
+		must(t, os.Remove(changed))
+	})
+	t.Run("a killed runner comes back by itself", func(t *testing.T) {
+		pid := w.status(c).PID
+		must(t, syscall.Kill(pid, syscall.SIGKILL))
+		if found := w.waitForRunner(c, pid); found.PID == pid {
+			t.Errorf("found process %d", found.PID)
+		}
+	})
+	t.Run("stopped runners are started", func(t *testing.T) {
+		b, err := os.ReadFile(w.layout.PIDFile(jobName, name(c)))
+		must(t, err)
+		pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+		must(t, err)
+		must(t, syscall.Kill(pid, syscall.SIGTERM))
+		for len(w.processes()) > 0 {
+			time.Sleep(10 * time.Millisecond)
+		}
+		s, err := w.guest.State(w.ctx, jobName)
+		if err != nil || s.Instances[0].Runner == "running" {
+			t.Fatalf("found %+v, %v", s, err)
+		}
+		if s := w.apply(j); s.Instances[0].Runner != "running" {
+			t.Errorf("found %+v", s.Instances)
+		}
+	})
+	t.Run("another binary takes over", func(t *testing.T) {
+		old := w.status(c).PID
+		d := w.deployment(j)
+		d.Runner = otherBinary
+		s, err := w.guest.Apply(w.ctx, d)
+		must(t, err)
+		if s.RunnerSHA256 != digest(otherBinary) || w.status(c).PID == old {
+			t.Errorf("found %s, process %d", s.RunnerSHA256, w.status(c).PID)
+		}
+		if _, err := os.Stat(w.layout.BinaryDirectory(digest(runnerBinary))); err == nil {
+			t.Error("the old binary is kept")
+		}
+		w.waitForWAL(c, c.SwitchWAL())
+	})
+	t.Run("with PostgreSQL down, State reads the files", func(t *testing.T) {
+		c.Stop(pgtest.Fast)
+		s, err := w.guest.State(w.ctx, jobName)
+		must(t, err)
+		i := s.Instances[0]
+		if i.Settings["archive_command"] != ours || !strings.Contains(i.Problem, "PostgreSQL is not running") || i.SystemID != c.SystemID {
+			t.Errorf("found %+v", i)
+		}
+		if _, err := w.guest.Apply(w.ctx, w.deployment(j)); err == nil || !strings.Contains(err.Error(), "postgresql_running") {
+			t.Errorf("found %v", err)
+		}
+		c.Start()
+	})
+	t.Run("destroyed", func(t *testing.T) {
+		must(t, w.guest.Remove(w.ctx, jobName))
+		if found := w.files(); len(found) > 0 {
+			t.Errorf("left behind: %q", found)
+		}
+		if found := autoConf(t, c); found != before {
+			t.Errorf("postgresql.auto.conf: found\n%s\nexpected\n%s", found, before)
+		}
+		if found := c.Scalar("show archive_command"); found != "" {
+			t.Errorf("archive_command: found %q", found)
+		}
+		if pids := w.processes(); len(pids) > 0 {
+			t.Errorf("processes go on: %v", pids)
+		}
+		if _, err := w.guest.State(w.ctx, jobName); !errors.Is(err, guest.ErrNoJob) {
+			t.Errorf("found %v, expected ErrNoJob", err)
+		}
+		must(t, w.guest.Remove(w.ctx, jobName))
+	})
+}
+
+func (w *world) status(c *pgtest.Cluster) *control.Status {
+	w.t.Helper()
+	s, err := control.GetStatus(w.ctx, w.layout.Socket(jobName, name(c)))
+	must(w.t, err)
+	return s
+}
+
+// waitForRunner waits for a runner that is not the process not.
+func (w *world) waitForRunner(c *pgtest.Cluster, not int) *control.Status {
+	w.t.Helper()
+	for {
+		s, err := control.GetStatus(w.ctx, w.layout.Socket(jobName, name(c)))
+		if err == nil && s.PID != not {
+			return s
+		}
+		if w.ctx.Err() != nil {
+			w.t.Fatal(err)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+func processOwner(t *testing.T, pid int) string {
+	t.Helper()
+	info, err := os.Stat(fmt.Sprintf("/proc/%d", pid))
+	must(t, err)
+	u, err := user.LookupId(strconv.Itoa(int(info.Sys().(*syscall.Stat_t).Uid)))
+	must(t, err)
+	return u.Username
+}
+
+// What was set before comes back exactly, whoever stopped the server meanwhile.
+func TestRemove_putsSettingsBack(t *testing.T) {
+	w := newWorld(t)
+	w.policy.ExistingArchiveCommand = "replace"
+	c := cluster(t, pgtest.Options{})
+	for _, old := range []struct{ name, command string }{
+		{"a command", `test ! -f "/mnt/%f" && cp %p '/mnt/it''s \ here/%f'`}, {"an empty one", ""},
+	} {
+		for _, server := range []string{"running", "stopped"} {
+			t.Run(old.name+", server "+server, func(t *testing.T) {
+				c.Exec("alter system set archive_command = '" + strings.ReplaceAll(old.command, "'", "''") + "'")
+				c.Exec("alter system set work_mem = '5MB'")
+				c.Exec("select pg_reload_conf()")
+				before := autoConf(t, c)
+				w.apply(w.job(c))
+				if server == "stopped" {
+					c.Stop(pgtest.Fast)
+				}
+				must(t, w.guest.Remove(w.ctx, jobName))
+				if server == "stopped" {
+					c.Start()
+				}
+				if found := c.Scalar("show archive_command"); found != old.command {
+					t.Errorf("archive_command: found %q, expected %q", found, old.command)
+				}
+				if found, expected := sortedLines(autoConf(t, c)), sortedLines(before); !slices.Equal(found, expected) {
+					t.Errorf("postgresql.auto.conf: found %q, expected %q", found, expected)
+				}
+			})
+		}
+	}
+	t.Run("somebody's later decision stays", func(t *testing.T) {
+		w.apply(w.job(c))
+		c.Exec("alter system set archive_command = '/bin/false'")
+		c.Exec("select pg_reload_conf()")
+		must(t, w.guest.Remove(w.ctx, jobName))
+		if found := autoConf(t, c); !strings.Contains(found, "archive_command = '/bin/false'") {
+			t.Errorf("found %s", found)
+		}
+	})
+	t.Run("without memory, ours goes", func(t *testing.T) {
+		w.apply(w.job(c))
+		must(t, os.Remove(w.layout.SettingsFile(jobName, name(c))))
+		must(t, w.guest.Remove(w.ctx, jobName))
+		if found := autoConf(t, c); strings.Contains(found, "archive_command") {
+			t.Errorf("found %s", found)
+		}
+	})
+	t.Run("without the job file", func(t *testing.T) {
+		w.apply(w.job(c))
+		must(t, os.Remove(w.layout.JobFile(jobName)))
+		s, err := w.guest.State(w.ctx, jobName)
+		if err != nil || s.Job != nil || s.JobProblem == "" || len(s.Instances) != 1 {
+			t.Errorf("found %+v, %v", s, err)
+		}
+		must(t, w.guest.Remove(w.ctx, jobName))
+		if found := autoConf(t, c); strings.Contains(found, "archive_command") || len(w.files()) > 0 {
+			t.Errorf("found %s and %q", found, w.files())
+		}
+	})
+}
+
+func sortedLines(s string) []string {
+	lines := strings.Split(strings.TrimSpace(s), "\n")
+	slices.Sort(lines)
+	return lines
+}
+
+// archive_mode is turned on with a restart, where that is allowed, and off again with another.
+func TestApply_restart(t *testing.T) {
+	w := newWorld(t)
+	c := pgtest.Start(t, pgtest.Options{Settings: map[string]string{"archive_mode": "off"}})
+	t.Cleanup(func() {
+		// A restarted server is no child of the test any more.
+		_ = c.Command("pg_ctl", "stop", "-s", "-w", "-m", "immediate", "-D", c.DataDir).Run()
+	})
+	before := autoConf(t, c)
+	w.expectFailing(w.job(c), "archive_mode")
+	w.policy.Restart = "allow"
+	if k := w.check(w.job(c)).find(t, "archive_mode"); k.Status != guest.Warn || !strings.Contains(k.Found, "one restart") {
+		t.Errorf("found %+v", k)
+	}
+	s := w.apply(w.job(c))
+	if found := s.Instances[0].Settings; found["archive_mode"] != "on" {
+		t.Errorf("found %v", found)
+	}
+	w.waitForWAL(c, c.SwitchWAL())
+	w.apply(w.job(c))
+	must(t, w.guest.Remove(w.ctx, jobName))
+	if found := autoConf(t, c); found != before {
+		t.Errorf("postgresql.auto.conf: found\n%s\nexpected\n%s", found, before)
+	}
+	if found := c.Scalar("show archive_mode"); found != "off" {
+		t.Errorf("archive_mode: found %s: PostgreSQL would keep all WAL", found)
+	}
+}
+
+// A failure of a new job leaves the guest as it was, and says where WAL got stuck.
+func TestApply_rollsBack(t *testing.T) {
+	w := newWorld(t)
+	c := cluster(t, pgtest.Options{})
+	before := autoConf(t, c)
+	d := w.deployment(w.job(c))
+	d.Runner = []byte("#!/bin/sh\necho this is no runner >&2\nexit 3\n")
+	_, err := w.guest.Apply(w.ctx, d)
+	var failure *guest.ApplyError
+	if !errors.As(err, &failure) || !failure.RolledBack || !strings.HasPrefix(failure.Step, "start the runner of ") {
+		t.Fatalf("found %v", err)
+	}
+	var runner *guest.RunnerError
+	if !errors.As(err, &runner) || !strings.Contains(runner.Hint(), "this is no runner") {
+		t.Errorf("found %v, hint %q", err, runner.Hint())
+	}
+	if found := w.files(); len(found) > 0 {
+		t.Errorf("left behind: %q", found)
+	}
+	if autoConf(t, c) != before {
+		t.Error("postgresql.auto.conf changed")
+	}
+
+	// Of a job that was there before, what works goes on.
+	s := w.apply(w.job(c))
+	if _, err := w.guest.Apply(w.ctx, d); !errors.As(err, &failure) || failure.RolledBack || len(failure.Done) == 0 {
+		t.Errorf("found %v", err)
+	}
+	if again := w.apply(w.job(c)); again.Job.Digest() != s.Job.Digest() || again.Instances[0].Runner != "running" {
+		t.Errorf("found %+v", again)
+	}
+}
+
+// A name that another machine has is refused with that machine named, before anything changes.
+func TestApply_ownedByAnotherMachine(t *testing.T) {
+	w := newWorld(t)
+	c := cluster(t, pgtest.Options{})
+	must(t, os.MkdirAll(w.layout.ConfigDirectory(), 0o755))
+	must(t, os.WriteFile(w.layout.MachineIDFile(), []byte("machine-one\n"), 0o644))
+	if m, err := w.guest.Machine(w.ctx); err != nil || m.ID != "machine-one" {
+		t.Fatalf("found %+v, %v", m, err)
+	}
+	w.apply(w.job(c))
+
+	other := newWorld(t)
+	other.location = w.location
+	must(t, os.MkdirAll(other.layout.ConfigDirectory(), 0o755))
+	must(t, os.WriteFile(other.layout.MachineIDFile(), []byte("machine-two\n"), 0o644))
+	c2 := cluster(t, pgtest.Options{})
+	before := autoConf(t, c2)
+	k := other.expectFailing(other.job(c2), "repository_reachable").find(t, "repository_reachable")
+	if !strings.Contains(k.Found, "machine-one") || !strings.Contains(k.Found, "db1") {
+		t.Errorf("found %+v, expected the owner's name", k)
+	}
+	_, err := other.guest.Apply(other.ctx, other.deployment(other.job(c2)))
+	var owned *repository.OwnedError
+	if !errors.As(err, &owned) || owned.Owner.MachineID != "machine-one" || owned.Claimant.MachineID != "machine-two" {
+		t.Errorf("found %v", err)
+	}
+	if found := other.files(); len(found) != 3 || autoConf(t, c2) != before { // etc, etc/pgark, the machine's id
+		t.Errorf("the guest changed: %q", found)
+	}
+	must(t, os.RemoveAll(other.layout.ConfigDirectory()))
+}
+
+// Two instances, one let go.
+func TestApply_selectionShrinks(t *testing.T) {
+	w := newWorld(t)
+	a, b := cluster(t, pgtest.Options{Major: 13}), cluster(t, pgtest.Options{Major: 18})
+	before := autoConf(t, b)
+	j := w.job(a, b)
+	if s := w.apply(j); len(s.Instances) != 2 || s.Instances[1].Name != name(b) || len(w.processes()) != 4 {
+		t.Fatalf("found %+v, processes %v", s.Instances, w.processes())
+	}
+	s := w.apply(w.job(a))
+	if len(s.Instances) != 1 || s.Instances[0].Name != name(a) || len(w.processes()) != 2 {
+		t.Errorf("found %+v, processes %v", s.Instances, w.processes())
+	}
+	if autoConf(t, b) != before {
+		t.Error("the settings of the instance that was let go were not put back")
+	}
+	w.waitForWAL(a, a.SwitchWAL())
+}
+
+func TestApply_credentials(t *testing.T) {
+	w := newWorld(t)
+	c := cluster(t, pgtest.Options{})
+	d := w.deployment(w.job(c))
+	d.Credentials = &objectstore.Credentials{AccessKeyID: "AKIA", SecretAccessKey: "hush"}
+	s, err := w.guest.Apply(w.ctx, d)
+	must(t, err)
+	file := w.layout.CredentialsFile(jobName)
+	info, err := os.Stat(file)
+	must(t, err)
+	_, uid, _ := pgtest.Owner(t)
+	if found := info.Sys().(*syscall.Stat_t).Uid; !s.HasCredentials || info.Mode().Perm() != 0o600 || int(found) != uid {
+		t.Errorf("credentials: found %v, mode %o, owner %d, expected mode 600, owner %d", s.HasCredentials, info.Mode().Perm(), found, uid)
+	}
+	if b := s.Job.Encode(); strings.Contains(string(b), "hush") {
+		t.Error("the job file holds the secret")
+	}
+	if s := w.apply(w.job(c)); s.HasCredentials {
+		t.Error("keys that are not declared any more stay on the guest")
+	}
+}
+
+// Two changers wait for one another.
+func TestApply_concurrent(t *testing.T) {
+	w := newWorld(t)
+	c := cluster(t, pgtest.Options{})
+	results := make(chan error, 3)
+	for range cap(results) {
+		go func() {
+			_, err := guest.Local(w.layout).Apply(w.ctx, w.deployment(w.job(c)))
+			results <- err
+		}()
+	}
+	for range cap(results) {
+		must(t, <-results)
+	}
+	if pids := w.processes(); len(pids) != 2 {
+		t.Errorf("processes: found %v, expected a supervisor and a runner", pids)
+	}
+}
+
+// A cancelled Apply of a new job puts everything back, in time of its own.
+func TestApply_cancelled(t *testing.T) {
+	w := newWorld(t)
+	c := cluster(t, pgtest.Options{})
+	before := autoConf(t, c)
+	ctx, cancel := context.WithCancel(w.ctx)
+	go func() { // as soon as the runner is in place
+		for w.ctx.Err() == nil {
+			if _, err := os.Stat(w.layout.PIDFile(jobName, name(c))); err == nil {
+				break
+			}
+			time.Sleep(time.Millisecond)
+		}
+		cancel()
+	}()
+	_, err := w.guest.Apply(ctx, w.deployment(w.job(c)))
+	if err == nil || !errors.Is(err, context.Canceled) {
+		t.Fatalf("found %v", err)
+	}
+	if found := w.files(); len(found) > 0 || autoConf(t, c) != before {
+		t.Errorf("left behind: %q, %s", found, autoConf(t, c))
+	}
+}
+
+func TestApply_debianNames(t *testing.T) {
+	w := newWorld(t)
+	c := cluster(t, pgtest.Options{SeparateConfig: true, Settings: map[string]string{"cluster_name": "whatever/orders db"}})
+	find := func() guest.Instance {
+		t.Helper()
+		all, err := w.guest.Discover(w.ctx)
+		must(t, err)
+		for _, i := range all {
+			if i.DataDirectory == c.DataDir {
+				return i
+			}
+		}
+		t.Fatalf("not discovered: %+v", all)
+		return guest.Instance{}
+	}
+	i := find()
+	if expected := strconv.Itoa(c.Major) + "-orders_db"; i.Name != expected || !i.Running || i.Role != "primary" ||
+		i.ArchiveMode != "on" || i.WALLevel != "replica" || i.VersionNumber/10000 != c.Major || i.SizeBytes < 1<<20 || i.WALSegment != 16<<20 {
+		t.Errorf("found %+v, expected %s", i, expected)
+	}
+	// Debian's name comes first, and is the only one of a server that is stopped.
+	dir := filepath.Join(w.layout.DebianClusters(), strconv.Itoa(c.Major), "main")
+	must(t, os.MkdirAll(filepath.Dir(dir), 0o755))
+	must(t, os.Symlink(c.ConfigDir, dir))
+	main := strconv.Itoa(c.Major) + "-main"
+	if i := find(); i.Name != main {
+		t.Errorf("found %s, expected %s", i.Name, main)
+	}
+	c.Stop(pgtest.Fast)
+	if i := find(); i.Name != main || i.Running || i.Port != c.Port || i.SocketDirectory != c.SocketDir || i.SystemID != c.SystemID || i.Role != "" {
+		t.Errorf("found %+v", i)
+	}
+	j := w.job()
+	j.Instances.Include = []string{main}
+	k := w.expectFailing(j, "postgresql_running").find(t, "postgresql_running")
+	if !strings.Contains(k.Remedy, "pg_ctlcluster "+strconv.Itoa(c.Major)+" main start") && !strings.Contains(k.Remedy, "systemctl start") {
+		t.Errorf("found %+v", k)
+	}
+	must(t, os.RemoveAll(filepath.Join(w.layout.Root, "etc")))
+}
