@@ -287,6 +287,10 @@ func (p *Plan) recoverySettings(action, restoreCommand string) []setting {
 			out = append(out, setting{"recovery_target_name", p.target.Name})
 		}
 	}
+	if p.gap && p.image.PostgresVersion >= 150000 {
+		// Looking ahead of what it replays (xlogprefetcher.c), PostgreSQL would ask for what is missing, and end.
+		out = append(out, setting{"recovery_prefetch", "off"})
+	}
 	out = append(out, setting{"recovery_target_action", action})
 	if action == ActionPause {
 		out = append(out, setting{"hot_standby", "on"}) // or PostgreSQL would shut down instead

@@ -47,6 +47,10 @@ type tablespacePlace struct {
 // newLayout decides where everything goes. mapping gives tablespaces, by their old directory, a new one.
 func newLayout(m *repository.Manifest, data, wal string, mapping map[string]string) (*layout, error) {
 	l := &layout{manifest: m, data: data, wal: wal, roots: make([]string, len(m.Volumes))}
+	wanted := map[string]string{}
+	for old, to := range mapping {
+		wanted[filepath.Clean(old)] = filepath.Clean(to)
+	}
 	links := map[string]string{} // by OID
 	for i := range m.Files {
 		f := &m.Files[i]
@@ -74,8 +78,8 @@ func newLayout(m *repository.Manifest, data, wal string, mapping map[string]stri
 			}
 			p.to = p.link
 			for _, old := range []string{p.link, p.path} {
-				if to, ok := mapping[filepath.Clean(old)]; ok {
-					p.to = filepath.Clean(to)
+				if to, ok := wanted[filepath.Clean(old)]; ok {
+					p.to = to
 					used[filepath.Clean(old)] = true
 					break
 				}
@@ -95,8 +99,8 @@ func newLayout(m *repository.Manifest, data, wal string, mapping map[string]stri
 			l.notes = append(l.notes, fmt.Sprintf("volume %s (%s) is left out: this build does not know its role", v.Path, v.Role))
 		}
 	}
-	for old := range mapping {
-		if !used[filepath.Clean(old)] {
+	for old := range wanted {
+		if !used[old] {
 			return nil, fmt.Errorf("tablespace mapping %s: no tablespace of the image was there, found %s", old, l.tablespaceList())
 		}
 	}

@@ -358,20 +358,9 @@ func (w *writer) closeFiles() error {
 	return first
 }
 
-// sync makes everything durable: the file systems at one go, which is quick, then each file and directory by itself,
-// because before Linux 5.8 only that reports what could not be written.
+// sync makes every file and directory durable. Many at a time share the commits of the file system's journal; syncfs
+// would wait for what others write, and before Linux 5.8 it does not tell of errors.
 func (w *writer) sync(ctx context.Context, all []placed) error {
-	for _, r := range w.roots {
-		d, err := r.Open(".")
-		if err != nil {
-			return err
-		}
-		err = unix.Syncfs(int(d.Fd()))
-		_ = d.Close() // opened to be synced
-		if err != nil {
-			return fmt.Errorf("sync %s: %w", r.Name(), err)
-		}
-	}
 	var next atomic.Int64
 	group, ctx := errgroup.WithContext(ctx)
 	for range syncers {

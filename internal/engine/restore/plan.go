@@ -1,6 +1,7 @@
 package restore
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -38,6 +39,7 @@ type Plan struct {
 	target  Target
 	stop    stopKind
 	endLSN  postgres.LSN // of stopAtKnownEnd
+	gap     bool         // the stretch ends before a gap, not at the end of the archive
 }
 
 // stopKind is how PostgreSQL is told to stop.
@@ -96,8 +98,7 @@ type chooser struct {
 
 	route     route
 	stretches []stretch
-	images    []repository.ImageInfo // restorable on path, oldest first; never empty after candidates
-	all       []repository.ImageInfo // on path, restorable or not
+	images    []repository.ImageInfo // restorable on it, oldest first; never empty after candidates
 
 	image   repository.ImageInfo
 	stretch stretch
@@ -105,7 +106,7 @@ type chooser struct {
 }
 
 func (c *chooser) unreachable(format string, args ...any) error {
-	return &UnreachableError{Series: c.s.series.ID().String(), Target: c.target, Reason: fmt.Sprintf(format, args...), Windows: c.windows}
+	return &UnreachableError{Series: c.s.id.String(), Target: c.target, Reason: fmt.Sprintf(format, args...), Windows: c.windows}
 }
 
 func (c *chooser) choosePath(choice string, image repository.SID) error {
@@ -173,13 +174,14 @@ func (c *chooser) candidates(only repository.SID) error {
 			lacking = append(lacking, fmt.Sprintf("image %s is not on the way to timeline %d", i.SID, c.route.timeline()))
 			continue
 		}
-		c.all = append(c.all, i)
 		if _, ok := cover(c.stretches, i); !ok {
 			lacking = append(lacking, fmt.Sprintf("image %s: WAL %s is missing", i.SID, c.s.inventory.missing(c.route, i)))
 			continue
 		}
 		c.images = append(c.images, i)
 	}
+	// Along one route images follow one another as they were taken, unless a copy of the cluster took some, too.
+	slices.SortStableFunc(c.images, func(a, b repository.ImageInfo) int { return cmp.Compare(a.StopLSN, b.StopLSN) })
 	switch {
 	case len(c.images) > 0:
 		return nil
@@ -319,10 +321,11 @@ func (c *chooser) plan() *Plan {
 		}
 		return string(postgres.MakeSegmentName(t, n, size))
 	}
+	_, gap := c.after(c.stretch)
 	return &Plan{
 		Image: c.image.SID.String(), Kind: c.image.Kind, CompletedAt: c.image.CompletedAt, StopLSN: c.image.StopLSN,
 		Target: c.target.String(), Timeline: c.route.timeline(), ImageBytes: c.image.SourceBytes,
 		WALFrom: name(first), WALTo: name(last), WALSegments: last - first + 1,
-		image: c.image, route: c.route, stretch: c.stretch, size: size, target: c.target, stop: c.stop,
+		image: c.image, route: c.route, stretch: c.stretch, size: size, target: c.target, stop: c.stop, gap: gap,
 	}
 }

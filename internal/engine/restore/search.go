@@ -98,7 +98,9 @@ func (c *chooser) search(ctx context.Context) error {
 				if !ok || point.Name != c.target.Name {
 					continue
 				}
-				i, found := c.newest(func(i repository.ImageInfo) bool { return i.StopLSN <= point.LSN && i.StopLSN <= st.end && i.StartLSN >= st.start })
+				i, found := c.newest(func(i repository.ImageInfo) bool {
+					return i.StopLSN <= point.LSN && i.StopLSN <= st.end && i.StartLSN >= st.start
+				})
 				if !found {
 					return c.unreachable("it is at %s (%s), before any image that can be restored up to there", point.LSN, point.Time.UTC().Format(timeFormat))
 				}

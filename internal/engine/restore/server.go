@@ -187,7 +187,7 @@ type seen struct {
 var (
 	lastTimePattern = regexp.MustCompile(`last completed transaction was at log time (\d{4,}-\d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)?[+-]\d\d(?::?\d\d)*)`)
 	redoDonePattern = regexp.MustCompile(`redo done at ([0-9A-F]+/[0-9A-F]+)`)
-	restoredPattern = regexp.MustCompile(`restored log file \\?"([0-9A-F]{24})(?:\.partial)?\\?" from archive`)
+	restoredPattern = regexp.MustCompile(`restored log file [\\"]+([0-9A-F]{24})(?:\.partial)?[\\"]+ from archive`)
 	fatalPattern    = regexp.MustCompile(`(?:FATAL|PANIC)(?::  |,|"?, ?)(.*)`)
 	oursPattern     = regexp.MustCompile(`^pgark: (.*)`)
 )
