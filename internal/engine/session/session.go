@@ -51,7 +51,7 @@ func (o *Options) applyDefaults() {
 	if o.Now.IsZero() {
 		o.Now = time.Now()
 	}
-	o.Now = o.Now.UTC()
+	o.Now = o.Now.UTC().Truncate(time.Microsecond) // as all times are shown
 	if o.Period <= 0 {
 		o.Period = defaultPeriod
 	}
