@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
@@ -143,6 +144,37 @@ func TestRun_targets(t *testing.T) {
 		if got := pg.Scalar("select count(*) from public.log"); got != fmt.Sprint(moments[2].rows) {
 			t.Errorf("found %s rows, expected %d", got, moments[2].rows)
 		}
+	})
+	t.Run("command", func(t *testing.T) {
+		dir := filepath.Join(pgtest.Dir(t), "restored")
+		target := []string{"restore", "--repository=" + w.store, "--series=orders", "--data-directory=" + dir, "--json"}
+		fast := "--tablespace-mapping=" + w.cluster.TablespaceDir("fast") + "=" + filepath.Join(filepath.Dir(dir), "fast")
+		out, code := w.command("list", "--repository="+w.store, "--json")
+		if code != 0 || !strings.Contains(out, `"status": "restorable"`) || !strings.Contains(out, `"windows"`) {
+			t.Errorf("list: exit %d\n%s", code, out)
+		}
+		out, code = w.command("list", "--repository="+w.store)
+		if code != 0 || !strings.Contains(out, "every moment can be restored") {
+			t.Errorf("list: exit %d\n%s", code, out)
+		}
+		t.Log(out)
+		out, code = w.command(append(target, "--target-time=2001-01-01 00:00:00+00")...)
+		if code != 3 || !strings.Contains(out, "hint: what can be restored:\n") {
+			t.Errorf("an unreachable target: exit %d\n%s", code, out)
+		}
+		if out, code = w.command(append(target, "--target-time=soon")...); code != 2 {
+			t.Errorf("no time: exit %d\n%s", code, out)
+		}
+		target = append(target, fast, "--target-time="+moments[0].time.Format(time.RFC3339Nano))
+		if out, code = w.command(append(target, "--dry-run")...); code != 0 || !strings.Contains(out, `"state": "planned"`) {
+			t.Errorf("dry run: exit %d\n%s", code, out)
+		}
+		port := 20000 + rand.IntN(30000)
+		t.Cleanup(func() { stopServer(t, dir) })
+		if out, code = w.command(append(target, "--start", fmt.Sprintf("--port=%d", port), "--bin-directory="+w.cluster.BinDir)...); code != 0 || !strings.Contains(out, `"state": "promoted"`) {
+			t.Fatalf("restore: exit %d\n%s", code, out)
+		}
+		(&restored{Result: &Result{Target: "the first"}, w: w, dir: dir, port: port}).mustHold(moments[0].rows)
 	})
 	t.Run("refusals", func(t *testing.T) {
 		o := w.options(Target{Kind: ToTime, Time: moments[3].time.Add(time.Hour)})

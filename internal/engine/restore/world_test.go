@@ -280,6 +280,22 @@ func (c *restored) mustHold(rows int) {
 	}
 }
 
+// command runs pgark and returns what it printed, errors included, and its exit code.
+func (w *world) command(args ...string) (string, int) {
+	w.t.Helper()
+	ctx, cancel := context.WithTimeout(w.t.Context(), time.Minute)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, pgark(w.t), args...).CombinedOutput()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		w.t.Fatalf("pgark %s: %v", args[0], err)
+	}
+	if exit != nil {
+		return string(out), exit.ExitCode()
+	}
+	return string(out), 0
+}
+
 // stopServer stops the server of a data directory, if one runs.
 func stopServer(t testing.TB, data string) {
 	t.Helper()
