@@ -141,8 +141,8 @@ func testManifest() *repository.Manifest {
 	file := func(v int, p string) repository.File {
 		return repository.File{Volume: v, Path: p, Type: repository.RegularFile, Mode: 0o600, Size: 1}
 	}
-	link := func(v int, p, to string) repository.File {
-		return repository.File{Volume: v, Path: p, Type: repository.Symlink, Link: to}
+	link := func(p, to string) repository.File {
+		return repository.File{Path: p, Type: repository.Symlink, Link: to}
 	}
 	return &repository.Manifest{
 		SID: 3, SystemID: postgres.SystemID(7), DataDirectory: "/data/old",
@@ -153,9 +153,9 @@ func testManifest() *repository.Manifest {
 			{Role: roleConfig, Path: "/etc/pg"},
 		},
 		Files: []repository.File{
-			dir(0, "."), dir(0, "base"), file(0, "base/1"), link(0, "pg_wal", "/wal/old"), dir(0, "pg_tblspc"),
-			link(0, "pg_tblspc/16385", "/ts/one"), link(0, "pg_tblspc/16386", "/ts/two\nlines"),
-			link(0, "postgresql.conf", "/etc/pg/main.conf"), file(0, "pg_hba.conf"), file(0, "standby.signal"), file(0, "current_logfiles"),
+			dir(0, "."), dir(0, "base"), file(0, "base/1"), link("pg_wal", "/wal/old"), dir(0, "pg_tblspc"),
+			link("pg_tblspc/16385", "/ts/one"), link("pg_tblspc/16386", "/ts/two\nlines"),
+			link("postgresql.conf", "/etc/pg/main.conf"), file(0, "pg_hba.conf"), file(0, "standby.signal"), file(0, "current_logfiles"),
 			dir(0, "global"), file(0, "global/pg_control"),
 			dir(1, "."), dir(1, "archive_status"), dir(2, "."), file(2, "PG_15/1"), dir(3, "."),
 			dir(4, "."), file(4, "main.conf"), file(4, "pg_hba.conf"), file(4, "environment"), dir(4, "conf.d"), file(4, "conf.d/a.conf"),

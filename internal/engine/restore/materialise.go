@@ -129,7 +129,7 @@ func (w *writer) root(dir string) (*os.Root, error) {
 }
 
 func (w *writer) close() {
-	w.closeFiles()
+	_ = w.closeFiles() // after an error; else they are closed
 	for _, r := range w.roots {
 		_ = r.Close() // a directory opened to look things up in
 	}
@@ -261,7 +261,7 @@ func (w *writer) fill(ctx context.Context, files []placed) error {
 			pieces[key] = append(pieces[key], piece{i, r.Start, r.Count, r.First})
 		}
 	}
-	defer w.closeFiles()
+	defer func() { _ = w.closeFiles() }() // for errors; without, it is checked below
 	err := w.image.ReadFrames(ctx, frames, func(f repository.FrameRef, raw []byte) error {
 		w.bytes.Add(int64(f.Stored))
 		for _, p := range pieces[frameKey{f.Object, f.Frame}] {

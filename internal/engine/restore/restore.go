@@ -161,10 +161,10 @@ func Run(ctx context.Context, o Options) (*Result, error) {
 	}
 	var bin string
 	if o.Start {
-		if bin, err = findServer(r.plan.image.PostgresVersion/10000, o.BinDirectory); err != nil {
+		if bin, err = findServer(ctx, r.plan.image.PostgresVersion/10000, o.BinDirectory); err != nil {
 			return nil, err
 		}
-		if err := checkPort(o.Port); err != nil {
+		if err := checkPort(ctx, o.Port); err != nil {
 			return nil, err
 		}
 	}
@@ -256,11 +256,11 @@ func (r *run) checkDirectories() error {
 }
 
 // checkPort refuses a port that something listens on. Whether the image's own is free shows when the server starts.
-func checkPort(port int) error {
+func checkPort(ctx context.Context, port int) error {
 	if port == 0 {
 		return nil
 	}
-	l, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
+	l, err := new(net.ListenConfig).Listen(ctx, "tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
 	if err != nil {
 		return fmt.Errorf("port %d: %w; choose another with --port", port, err)
 	}
@@ -482,7 +482,9 @@ func (r *run) recover(ctx context.Context, bin string) (*outcome, error) {
 	go func() { served <- fetcher.Serve(serving, r.socket()) }()
 	defer func() {
 		stop()
-		<-served
+		if err := <-served; err != nil {
+			r.warn("serve WAL: %v", err)
+		}
 		if err := fetcher.Close(); err != nil {
 			r.warn("%v", err)
 		}
@@ -492,7 +494,7 @@ func (r *run) recover(ctx context.Context, bin string) (*outcome, error) {
 		return nil, err
 	}
 	for {
-		s, err := r.launch(bin)
+		s, err := r.launch(ctx, bin)
 		if err != nil {
 			return nil, err
 		}

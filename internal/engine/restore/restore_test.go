@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"filippo.io/age"
+
 	"github.com/pgark/terraform-provider-pgark/internal/engine/wal"
 	"github.com/pgark/terraform-provider-pgark/test/pgtest"
 )
@@ -354,6 +356,33 @@ func TestRun_timeWithoutCommitBehind(t *testing.T) {
 	o := w.options(Target{Kind: ToXID, XID: "4000000000"})
 	if _, err := w.restore(o); !errors.As(err, &early) || early.LSN < m.lsn-1<<20 || early.Time.IsZero() {
 		t.Errorf("a transaction that never was: %v", err)
+	}
+}
+
+func TestRun_encrypted(t *testing.T) {
+	identity, err := age.GenerateX25519Identity()
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := newWorld(t, pgtest.Options{}, identity)
+	w.cluster.Exec(makeLog)
+	w.image()
+	m := w.write(3)
+	w.ship()
+	w.mustRestore(w.options(Target{})).mustHold(m.rows)
+
+	// Without the identity everything can be listed, and nothing restored.
+	out, code := w.command("list", "--repository="+w.store, "--json")
+	if code != 0 || !strings.Contains(out, `"status": "restorable"`) {
+		t.Errorf("list: exit %d\n%s", code, out)
+	}
+	dir := filepath.Join(pgtest.Dir(t), "restored")
+	out, code = w.command("restore", "--repository="+w.store, "--data-directory="+dir)
+	if code != 1 || !strings.Contains(out, "identit") {
+		t.Errorf("restore without an identity: exit %d\n%s", code, out)
+	}
+	if _, err := os.Lstat(dir); err == nil {
+		t.Error("a refused restore touched its directory")
 	}
 }
 

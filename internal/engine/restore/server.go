@@ -24,9 +24,9 @@ import (
 const serverLog = "pgark-restore.log"
 
 // findServer finds the directory of the postgres program of a major version.
-func findServer(major int, given string) (string, error) {
+func findServer(ctx context.Context, major int, given string) (string, error) {
 	if given != "" {
-		return given, checkServer(given, major)
+		return given, checkServer(ctx, given, major)
 	}
 	m := strconv.Itoa(major)
 	tried := []string{"/usr/lib/postgresql/" + m + "/bin", "/usr/pgsql-" + m + "/bin", "/usr/local/pgsql/bin"}
@@ -34,16 +34,16 @@ func findServer(major int, given string) (string, error) {
 		tried = append(tried, filepath.Dir(path))
 	}
 	for _, dir := range tried {
-		if checkServer(dir, major) == nil {
+		if checkServer(ctx, dir, major) == nil {
 			return dir, nil
 		}
 	}
 	return "", &NoServerError{Major: major, Tried: tried}
 }
 
-func checkServer(dir string, major int) error {
+func checkServer(ctx context.Context, dir string, major int) error {
 	path := filepath.Join(dir, "postgres")
-	out, err := exec.Command(path, "--version").Output()
+	out, err := exec.CommandContext(ctx, path, "--version").Output()
 	if err != nil {
 		return fmt.Errorf("%s --version: %w", path, err)
 	}
@@ -79,7 +79,7 @@ type server struct {
 
 // launch starts postgres itself, as the data directory's owner: what pg_ctl does, with its own process to wait for. It
 // outlives us, in a session of its own.
-func (r *run) launch(bin string) (*server, error) {
+func (r *run) launch(ctx context.Context, bin string) (*server, error) {
 	data := r.o.DataDirectory
 	name := filepath.Join(data, serverLog)
 	log, err := os.OpenFile(name, os.O_CREATE|os.O_APPEND|os.O_WRONLY|syscall.O_NOFOLLOW, 0o600)
@@ -93,7 +93,7 @@ func (r *run) launch(bin string) (*server, error) {
 	}
 	old := sizes(data, effective(data)["log_directory"])
 	// Messages in English, because they tell how recovery goes.
-	cmd := exec.Command(filepath.Join(bin, "postgres"), "-D", data, "-c", "lc_messages=C")
+	cmd := exec.CommandContext(context.WithoutCancel(ctx), filepath.Join(bin, "postgres"), "-D", data, "-c", "lc_messages=C")
 	cmd.Dir = data
 	cmd.Env = serverEnvironment(os.Environ())
 	cmd.Stdout, cmd.Stderr = log, log

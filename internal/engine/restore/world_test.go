@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"filippo.io/age"
 	"github.com/jackc/pgx/v5"
 
 	"github.com/pgark/terraform-provider-pgark/internal/engine/daemon/control"
@@ -44,24 +45,27 @@ func TestMain(m *testing.M) {
 // pgark builds the command, which PostgreSQL runs as archive_command and restore_command.
 func pgark(t testing.TB) string {
 	t.Helper()
-	buildOnce.Do(func() {
-		var dir string
-		if dir, buildErr = os.MkdirTemp("", "pgark-restore-test-"); buildErr != nil {
-			return
-		}
-		if buildErr = os.Chmod(dir, 0o755); buildErr != nil {
-			return
-		}
-		built = filepath.Join(dir, "pgark")
-		out, err := exec.Command("go", "build", "-o", built, "github.com/pgark/terraform-provider-pgark/runner").CombinedOutput()
-		if err != nil {
-			buildErr = fmt.Errorf("%w\n%s", err, out)
-		}
-	})
+	buildOnce.Do(build)
 	if buildErr != nil {
 		t.Fatalf("build pgark: %v", buildErr)
 	}
 	return built
+}
+
+// build serves all tests, so what it builds outlives the first.
+func build() {
+	var dir string
+	if dir, buildErr = os.MkdirTemp("", "pgark-restore-test-"); buildErr != nil {
+		return
+	}
+	built = filepath.Join(dir, "pgark")
+	if buildErr = os.Chmod(dir, 0o755); buildErr != nil {
+		return
+	}
+	out, err := exec.CommandContext(context.Background(), "go", "build", "-o", built, "github.com/pgark/terraform-provider-pgark/runner").CombinedOutput()
+	if err != nil {
+		buildErr = fmt.Errorf("%w\n%s", err, out)
+	}
 }
 
 // world is a server whose WAL goes into a repository in a directory, as a runner would ship it.
@@ -76,7 +80,8 @@ type world struct {
 	state   string
 }
 
-func newWorld(t testing.TB, o pgtest.Options) *world {
+// newWorld makes a world; with an identity, its repository is encrypted.
+func newWorld(t testing.TB, o pgtest.Options, identities ...*age.X25519Identity) *world {
 	t.Helper()
 	w := &world{t: t, root: pgtest.Dir(t), state: t.TempDir()}
 	layout := job.Layout{Root: w.root}
@@ -100,7 +105,15 @@ func newWorld(t testing.TB, o pgtest.Options) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if w.repo, _, err = repository.Create(t.Context(), store, nil); err != nil {
+	var recipients []string
+	var keys []age.Identity
+	for _, i := range identities {
+		recipients, keys = append(recipients, i.Recipient().String()), append(keys, i)
+	}
+	if _, _, err = repository.Create(t.Context(), store, recipients); err != nil {
+		t.Fatal(err)
+	}
+	if w.repo, err = repository.Open(t.Context(), store, keys...); err != nil {
 		t.Fatal(err)
 	}
 	w.series = w.repo.Series(repository.SeriesID{Job: "orders", Instance: "main", SystemID: w.cluster.SystemID})
