@@ -171,14 +171,14 @@ func (p *FaultProxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case CutBefore:
 		panic(http.ErrAbortHandler)
 	case Stall:
-		io.Copy(io.Discard, r.Body) // so that the client's going away is noticed
+		_, _ = io.Copy(io.Discard, r.Body) // so that the client's going away is noticed
 		<-r.Context().Done()
 		panic(http.ErrAbortHandler)
 	case Delay:
 		time.Sleep(delay)
 	default:
 		if a, ok := answers[fault]; ok {
-			io.Copy(io.Discard, r.Body)
+			_, _ = io.Copy(io.Discard, r.Body) // a client that goes away needs no answer
 			w.Header().Set("Content-Type", "application/xml")
 			w.WriteHeader(a.status)
 			if r.Method != http.MethodHead {
@@ -205,13 +205,13 @@ func (p *FaultProxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	defer resp.Body.Close()
 	if fault == CutReply {
-		io.Copy(io.Discard, resp.Body)
+		_, _ = io.Copy(io.Discard, resp.Body) // the answer is lost either way
 		panic(http.ErrAbortHandler)
 	}
 	maps.Copy(w.Header(), resp.Header)
 	w.WriteHeader(resp.StatusCode)
 	if fault == CutBody && resp.ContentLength > 0 {
-		io.CopyN(w, resp.Body, resp.ContentLength/2)
+		_, _ = io.CopyN(w, resp.Body, resp.ContentLength/2)
 		http.NewResponseController(w).Flush()
 		panic(http.ErrAbortHandler)
 	}

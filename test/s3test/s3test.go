@@ -9,7 +9,6 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
-	"fmt"
 	"net"
 	"net/http"
 	"os"
@@ -90,7 +89,7 @@ func (s *Server) Start() {
 		return
 	}
 	p := &process{exited: make(chan struct{})}
-	p.cmd = exec.Command(Binary(s.t), "--port", s.addr, "--region", Region, "--keep-alive", "--quiet",
+	p.cmd = exec.CommandContext(context.WithoutCancel(s.t.Context()), Binary(s.t), "--port", s.addr, "--region", Region, "--keep-alive", "--quiet",
 		"posix", "--data-integrity-etag", s.Directory)
 	// The keys are in the environment, where "ps" does not show them to others.
 	p.cmd.Env = append(os.Environ(), "ROOT_ACCESS_KEY_ID="+s.AccessKeyID, "ROOT_SECRET_ACCESS_KEY="+s.SecretAccessKey)
@@ -105,7 +104,7 @@ func (s *Server) Start() {
 		err := p.cmd.Start()
 		started <- err
 		if err == nil {
-			p.cmd.Wait() // how it ended is of no interest: we end it with a signal
+			_ = p.cmd.Wait() // how it ended is of no interest: we end it with a signal
 			close(p.exited)
 		}
 	}()
@@ -115,7 +114,7 @@ func (s *Server) Start() {
 	s.process = p
 	deadline := time.Now().Add(startTimeout)
 	for {
-		resp, err := http.Get(s.Endpoint())
+		resp, err := s.ask()
 		if err == nil {
 			resp.Body.Close() // it answers, if only with a refusal
 			return
@@ -132,6 +131,15 @@ func (s *Server) Start() {
 	}
 }
 
+// ask makes a request without a signature, which the server refuses once it runs.
+func (s *Server) ask() (*http.Response, error) {
+	req, err := http.NewRequestWithContext(context.WithoutCancel(s.t.Context()), http.MethodGet, s.Endpoint(), nil)
+	if err != nil {
+		return nil, err
+	}
+	return http.DefaultClient.Do(req)
+}
+
 // Stop kills the server, as in an outage: connections break and further ones are refused. Its data stays.
 func (s *Server) Stop() {
 	s.mu.Lock()
@@ -139,7 +147,7 @@ func (s *Server) Stop() {
 	if s.process == nil {
 		return
 	}
-	s.process.cmd.Process.Kill()
+	_ = s.process.cmd.Process.Kill() // it fails if the process has ended, which is as good
 	<-s.process.exited
 	s.process = nil
 }
@@ -239,10 +247,10 @@ func moduleRoot(t testing.TB) string {
 
 func freeAddress(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	return fmt.Sprintf("127.0.0.1:%d", l.Addr().(*net.TCPAddr).Port)
+	return l.Addr().String()
 }

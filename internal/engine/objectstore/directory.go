@@ -194,7 +194,10 @@ func (d *directoryStore) giveToOwner(path string) error {
 	if err != nil {
 		return err
 	}
-	st := info.Sys().(*syscall.Stat_t)
+	st, ok := info.Sys().(*syscall.Stat_t)
+	if !ok {
+		return fmt.Errorf("stat %s: the owner is not known", d.root)
+	}
 	if st.Uid == 0 && st.Gid == 0 {
 		return nil
 	}

@@ -162,6 +162,9 @@ func ownerOf(t *testing.T, path string) (uid, gid int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	st := info.Sys().(*syscall.Stat_t)
+	st, ok := info.Sys().(*syscall.Stat_t)
+	if !ok {
+		t.Fatalf("stat %s: the owner is not known", path)
+	}
 	return int(st.Uid), int(st.Gid)
 }

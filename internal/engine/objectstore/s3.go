@@ -262,7 +262,7 @@ func (s *s3Store) put(ctx context.Context, key string, body io.ReadSeeker, size 
 			in.ChecksumCRC32 = &sum
 		}
 		b := &attemptBody{r: body, size: size, progress: w.progress}
-		defer b.detach()
+		defer func() { _ = b.detach() }() // where it matters its error was taken before
 		in.Body = b
 		_, err := s.client.PutObject(w.ctx, in, unsignedOverTLS)
 		if failed := b.detach(); failed != nil {
@@ -342,7 +342,7 @@ func (s *s3Store) putParts(ctx context.Context, key string, body io.ReadSeeker, 
 		err := s.do(ctx, "create", key, func(w *watchdog) error {
 			defer w.stop()
 			b := &attemptBody{r: body, base: offset, size: n, progress: w.progress}
-			defer b.detach()
+			defer func() { _ = b.detach() }() // where it matters its error was taken before
 			out, err := s.client.UploadPart(w.ctx, &s3.UploadPartInput{
 				Bucket: &s.bucket, Key: s.full(key), UploadId: id, PartNumber: &number, Body: b, ContentLength: &n,
 			}, unsignedOverTLS)
@@ -520,7 +520,7 @@ func (s *s3Store) deleteBatch(ctx context.Context, keys []string) error {
 			return err
 		}
 		// What did not go is asked for again, unless one of the reasons is final.
-		left = left[:0]
+		var again []types.ObjectIdentifier
 		var reason error
 		for _, e := range out.Errors {
 			code := aws.ToString(e.Code)
@@ -532,8 +532,9 @@ func (s *s3Store) deleteBatch(ctx context.Context, keys []string) error {
 			if !err.transient {
 				return err
 			}
-			left, reason = append(left, types.ObjectIdentifier{Key: e.Key}), err
+			again, reason = append(again, types.ObjectIdentifier{Key: e.Key}), err
 		}
+		left = again
 		return reason
 	})
 }

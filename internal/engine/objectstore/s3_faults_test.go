@@ -202,7 +202,7 @@ func TestS3_bodyIsResumed(t *testing.T) {
 	server := s3test.Start(t)
 	direct := server.Open("bucket")
 	content := make([]byte, 3<<20)
-	rand.NewChaCha8([32]byte{2}).Read(content)
+	_, _ = rand.NewChaCha8([32]byte{2}).Read(content) // never fails
 	if err := direct.Create(t.Context(), "big", bytes.NewReader(content), int64(len(content))); err != nil {
 		t.Fatal(err)
 	}
@@ -239,13 +239,15 @@ func TestS3_bodyIsResumed(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer body.Close()
-		io.ReadFull(body, make([]byte, 1000))
+		if _, err := io.ReadFull(body, make([]byte, 1000)); err != nil {
+			t.Fatal(err)
+		}
 		proxy.Set(s3test.Faults{Rate: 1, Kinds: []s3test.Fault{s3test.CutBefore}})
 		_, err = io.Copy(io.Discard, body)
 		if !objectstore.IsTransient(err) {
 			t.Errorf("read after the server went away: %v, expected a transient error", err)
 		}
-		if _, again := body.Read(make([]byte, 1)); again != err {
+		if _, again := body.Read(make([]byte, 1)); !errors.Is(again, err) {
 			t.Errorf("the next read: %v, expected the same error", again)
 		}
 	})
@@ -619,7 +621,7 @@ func TestS3_objectLockWantsChecksum(t *testing.T) {
 	front := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method == http.MethodPut && r.Header.Get("X-Amz-Checksum-Crc32") == "" {
 			refused++
-			io.Copy(io.Discard, r.Body)
+			_, _ = io.Copy(io.Discard, r.Body)
 			w.WriteHeader(http.StatusBadRequest)
 			fmt.Fprint(w, `<Error><Code>InvalidRequest</Code><Message>Content-MD5 OR x-amz-checksum- HTTP header is required for Put Object requests with Object Lock parameters</Message></Error>`)
 			return

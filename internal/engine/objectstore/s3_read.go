@@ -139,7 +139,7 @@ func (r *s3Reader) read(p []byte) (int, error) {
 		if err == nil {
 			continue
 		}
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			err = io.ErrUnexpectedEOF // we know that there is more
 		}
 		err = r.s.fail(r.w, "get", r.key, err)
@@ -219,10 +219,10 @@ func (b *attemptBody) Read(p []byte) (int, error) {
 	}
 	n, err := b.r.Read(p)
 	b.pos += int64(n)
-	if err == io.EOF && b.pos < b.size {
+	if errors.Is(err, io.EOF) && b.pos < b.size {
 		err = errShortBody
 	}
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		err = nil
 	}
 	b.err = err

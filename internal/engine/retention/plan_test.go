@@ -36,14 +36,13 @@ func newSeries(t *testing.T) *series {
 func lsn(segmentNumber float64) postgres.LSN { return postgres.LSN(segmentNumber * segment) }
 
 // image adds a live image on a timeline, from one position to another.
-func (s *series) image(t postgres.Timeline, completed time.Time, from, to float64) repository.SID {
+func (s *series) image(t postgres.Timeline, completed time.Time, from, to float64) {
 	sid := s.Head.NextSID
 	s.Head.NextSID++
 	s.Head.Images = append(s.Head.Images, repository.ImageInfo{
 		SID: sid, Kind: "full", Timeline: t, StartedAt: completed.Add(-time.Minute), CompletedAt: completed,
 		StartLSN: lsn(from), StopLSN: lsn(to), SegmentSize: segment,
 	})
-	return sid
 }
 
 // wal adds whole segments of a timeline, first to last; the last was stored at the given time.
@@ -62,9 +61,9 @@ func (s *series) line(t postgres.Timeline) *Timeline {
 	return s.Timelines[t]
 }
 
-// history makes timeline t descend from its ancestors, each given with the position where it was left.
-func (s *series) history(t postgres.Timeline, ancestors ...postgres.Ancestor) {
-	s.line(t).History, s.line(t).HistoryKnown = ancestors, true
+// fork makes timeline 2 descend from timeline 1, which it left at a position.
+func (s *series) fork(at float64) {
+	s.line(2).History, s.line(2).HistoryKnown = postgres.History{{Timeline: 1, Switch: lsn(at)}}, true
 }
 
 func (s *series) plan(p Policy) *Plan {
@@ -231,7 +230,7 @@ func TestMake_timelines(t *testing.T) {
 		s.image(1, daysAgo(9), 0, 1)
 		s.image(1, daysAgo(5), 10, 11)
 		s.wal(1, 0, 20, daysAgo(4))
-		s.history(2, postgres.Ancestor{Timeline: 1, Switch: lsn(20.5)})
+		s.fork(20.5)
 		s.wal(2, 20, 30, now)
 		p := s.plan(images(job.ImageRetention{KeepLast: 1}))
 		if got := doomed(p); got != "1: 0-9" {
@@ -242,7 +241,7 @@ func TestMake_timelines(t *testing.T) {
 		s := newSeries(t)
 		s.image(1, daysAgo(5), 10, 11)
 		s.wal(1, 0, 20, daysAgo(4))
-		s.history(2, postgres.Ancestor{Timeline: 1, Switch: lsn(20.5)})
+		s.fork(20.5)
 		s.wal(2, 20, 30, now)
 		s.image(2, daysAgo(1), 25, 26)
 		p := s.plan(images(job.ImageRetention{KeepLast: 1}))
@@ -253,7 +252,7 @@ func TestMake_timelines(t *testing.T) {
 	t.Run("a timeline that an image is being taken on, for all we know, stays", func(t *testing.T) {
 		s := newSeries(t)
 		s.wal(1, 0, 20, daysAgo(0.5))
-		s.history(2, postgres.Ancestor{Timeline: 1, Switch: lsn(5)})
+		s.fork(5)
 		s.wal(2, 5, 30, now)
 		s.image(2, daysAgo(0.1), 25, 26)
 		if got := doomed(s.plan(images(job.ImageRetention{KeepLast: 1}))); got != "1: 0-20; 2: 5-24" {
@@ -270,7 +269,7 @@ func TestMake_timelines(t *testing.T) {
 		s.image(1, daysAgo(9), 0, 1)
 		s.image(1, daysAgo(5), 10, 11)
 		s.wal(1, 0, 20, daysAgo(4))
-		s.history(2, postgres.Ancestor{Timeline: 1, Switch: lsn(8.5)})
+		s.fork(8.5)
 		s.wal(2, 8, 30, now)
 		p := s.plan(images(job.ImageRetention{KeepDays: 3}))
 		if got := kept(p); got != "1 2" {
@@ -295,7 +294,7 @@ func TestMake_timelines(t *testing.T) {
 		s := newSeries(t)
 		s.image(1, daysAgo(5), 19, 20.2) // segment 20 of timeline 1 was never finished
 		s.wal(1, 0, 19, daysAgo(4))
-		s.history(2, postgres.Ancestor{Timeline: 1, Switch: lsn(20.5)})
+		s.fork(20.5)
 		s.wal(2, 20, 30, now)
 		s.image(2, daysAgo(1), 25, 26)
 		p := s.plan(Policy{Images: job.ImageRetention{KeepLast: 2}, WAL: &job.WALRetention{KeepDays: 1}})

@@ -142,7 +142,7 @@ func restorable(s *State, i repository.ImageInfo) map[moment]bool {
 		})
 	}
 	for t, line := range s.Timelines {
-		if t != i.Timeline && !(line.HistoryKnown && line.History.Includes(i.Timeline, i.StopLSN)) {
+		if t != i.Timeline && (!line.HistoryKnown || !line.History.Includes(i.Timeline, i.StopLSN)) {
 			continue
 		}
 		// On which timeline is a segment of this path? A switch lies inside a segment, and the new timeline has it too.

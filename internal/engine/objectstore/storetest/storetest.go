@@ -142,7 +142,9 @@ func testCreateAgain(t *testing.T, s objectstore.Store, _ Config) {
 
 func testBodyFromStart(t *testing.T, s objectstore.Store, _ Config) {
 	body := strings.NewReader("from the start")
-	body.Seek(5, io.SeekStart)
+	if _, err := body.Seek(5, io.SeekStart); err != nil {
+		t.Fatal(err)
+	}
 	for range 2 {
 		if err := s.Create(t.Context(), "k", body, body.Size()); err != nil {
 			t.Fatal(err)
@@ -259,8 +261,8 @@ func testRanges(t *testing.T, s objectstore.Store, _ Config) {
 func testLarge(t *testing.T, s objectstore.Store, c Config) {
 	content := make([]byte, c.LargeObject)
 	rng := rand.NewChaCha8([32]byte{1})
-	rng.Read(content)
-	for range 2 { // the second time it is there already
+	_, _ = rng.Read(content) // never fails
+	for range 2 {            // the second time it is there already
 		if err := s.Create(t.Context(), "large", bytes.NewReader(content), int64(len(content))); err != nil {
 			t.Fatal(err)
 		}
@@ -345,12 +347,15 @@ func testListPages(t *testing.T, s objectstore.Store, c Config) {
 	wantPrefixes(t, s, "pages/", "000", "001", "002", "003", "004", "005", "006")
 	// A listing can be left early.
 	n := 0
-	for range s.List(t.Context(), "pages/", "") {
+	for _, err := range s.List(t.Context(), "pages/", "") {
+		if err != nil {
+			t.Fatal(err)
+		}
 		if n++; n == 10 {
 			break
 		}
 	}
-	if err := s.Delete(t.Context(), append(want, "pages/never/there")...); err != nil {
+	if err := s.Delete(t.Context(), slices.Concat(want, []string{"pages/never/there"})...); err != nil {
 		t.Fatal(err)
 	}
 	wantKeys(t, s, "pages/", "")
@@ -517,7 +522,9 @@ func testCancelled(t *testing.T, s objectstore.Store, _ Config) {
 		t.Fatal(err)
 	}
 	defer body.Close()
-	io.ReadFull(body, make([]byte, 10))
+	if _, err := io.ReadFull(body, make([]byte, 10)); err != nil {
+		t.Fatal(err)
+	}
 	cancel(cause)
 	if _, err := io.Copy(io.Discard, body); !errors.Is(err, cause) {
 		t.Errorf("a reader whose context is cancelled: %v, expected the cause", err)
