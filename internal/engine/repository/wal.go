@@ -56,8 +56,8 @@ func (r *Repository) walKeyFor(now time.Time) (*sessionKey, error) {
 // content is *WALConflictError. info.Size says how much of raw is the file. info.Digest may be empty: if it is not, and
 // raw turns out to be something else, nothing is stored. info.SystemID, StoredAt and Host are filled in where zero.
 //
-// A file of up to 64 MiB is read once and its compressed form held in memory, a larger one read twice and encoded into
-// a temporary file.
+// A file of up to 64 MiB is read once and its compressed form held in memory; a larger one is read twice and encoded
+// into a temporary file, below $TMPDIR.
 func (s *Series) PutWAL(ctx context.Context, info WALInfo, raw io.ReaderAt) (stored bool, storedSize int64, err error) {
 	if s.invalid != nil {
 		return false, 0, s.invalid
