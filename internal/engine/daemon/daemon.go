@@ -18,6 +18,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"sync"
 	"syscall"
 	"time"
@@ -95,6 +96,11 @@ func (c config) sameTarget(o config) bool {
 func Run(ctx context.Context, o Options) error {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
+	}
+	if os.Getenv("GOGC") == "" {
+		// Much of what lives is buffers of WAL, which the collector has nothing to do for: collecting twice as often costs a
+		// few percent of CPU while shipping, and saves a quarter of the memory of a process that runs beside a database.
+		debug.SetGCPercent(50)
 	}
 	host, err := os.Hostname()
 	if err != nil {

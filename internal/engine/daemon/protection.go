@@ -111,7 +111,7 @@ func (d *daemon) openRepository(ctx context.Context, c config, o objectstore.Opt
 	}
 	repo, err := repository.Open(ctx, store)
 	if err != nil {
-		return nil, "", fmt.Errorf("open repository %s: %w", store.URL(), err)
+		return nil, "", err
 	}
 	return repo, store.URL(), nil
 }

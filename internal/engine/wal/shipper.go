@@ -80,6 +80,9 @@ const (
 	// we began to read has other times if it changed since.
 	settle = 50 * time.Millisecond
 
+	// keepBuffers is how long the buffers of files are kept with nothing to ship.
+	keepBuffers = 30 * time.Second
+
 	// rememberFiles is how many acknowledged files are kept in mind, for Wait and for PostgreSQL asking twice.
 	rememberFiles = 1024
 
@@ -353,6 +356,7 @@ func (s *Shipper) Run(ctx context.Context) error {
 	buffers := make(chan []byte, s.o.Parallelism)
 
 	var scanned time.Time
+	worked := time.Now()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -391,6 +395,7 @@ func (s *Shipper) Run(ctx context.Context) error {
 				<-slots
 				break start
 			}
+			worked = time.Now()
 			wg.Go(func() {
 				var buffer []byte
 				select {
@@ -404,6 +409,12 @@ func (s *Shipper) Run(ctx context.Context) error {
 				<-slots
 				s.poke()
 			})
+		}
+		if time.Since(worked) > keepBuffers {
+			select {
+			case <-buffers: // one a turn: the next busy hour makes new ones
+			default:
+			}
 		}
 		timer.Reset(s.idle(scanned))
 	}
