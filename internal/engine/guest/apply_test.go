@@ -33,6 +33,7 @@ func digest(b []byte) string {
 
 // One guest's life: applied, applied again, changed, upgraded, destroyed.
 func TestApply_life(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	c := cluster(t, pgtest.Options{})
 	before := autoConf(t, c)
@@ -229,16 +230,17 @@ func processOwner(t *testing.T, pid int) string {
 
 // What was set before comes back exactly, whoever stopped the server meanwhile.
 func TestRemove_putsSettingsBack(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.policy.ExistingArchiveCommand = "replace"
 	c := cluster(t, pgtest.Options{})
+	c.Exec("alter system set work_mem = '5MB'")
 	for _, old := range []struct{ name, command string }{
 		{"a command", `test ! -f "/mnt/%f" && cp %p '/mnt/it''s \ here/%f'`}, {"an empty one", ""},
 	} {
 		for _, server := range []string{"running", "stopped"} {
 			t.Run(old.name+", server "+server, func(t *testing.T) {
 				c.Exec("alter system set archive_command = '" + strings.ReplaceAll(old.command, "'", "''") + "'")
-				c.Exec("alter system set work_mem = '5MB'")
 				c.Exec("select pg_reload_conf()")
 				before := autoConf(t, c)
 				w.apply(w.job(c))
@@ -297,6 +299,7 @@ func sortedLines(s string) []string {
 
 // archive_mode is turned on with a restart, where that is allowed, and off again with another.
 func TestApply_restart(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	c := pgtest.Start(t, pgtest.Options{Settings: map[string]string{"archive_mode": "off"}})
 	t.Cleanup(func() {
@@ -326,6 +329,7 @@ func TestApply_restart(t *testing.T) {
 
 // A failure of a new job leaves the guest as it was, and says where WAL got stuck.
 func TestApply_rollsBack(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	c := cluster(t, pgtest.Options{})
 	before := autoConf(t, c)
@@ -359,6 +363,7 @@ func TestApply_rollsBack(t *testing.T) {
 
 // A name that another machine has is refused with that machine named, before anything changes.
 func TestApply_ownedByAnotherMachine(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	c := cluster(t, pgtest.Options{})
 	must(t, os.MkdirAll(w.layout.ConfigDirectory(), 0o755))
@@ -391,6 +396,7 @@ func TestApply_ownedByAnotherMachine(t *testing.T) {
 
 // Two instances, one let go.
 func TestApply_selectionShrinks(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	a, b := cluster(t, pgtest.Options{Major: 13}), cluster(t, pgtest.Options{Major: 18})
 	before := autoConf(t, b)
@@ -409,6 +415,7 @@ func TestApply_selectionShrinks(t *testing.T) {
 }
 
 func TestApply_credentials(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	c := cluster(t, pgtest.Options{})
 	d := w.deployment(w.job(c))
@@ -432,6 +439,7 @@ func TestApply_credentials(t *testing.T) {
 
 // Two changers wait for one another.
 func TestApply_concurrent(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	c := cluster(t, pgtest.Options{})
 	results := make(chan error, 3)
@@ -451,6 +459,7 @@ func TestApply_concurrent(t *testing.T) {
 
 // A cancelled Apply of a new job puts everything back, in time of its own.
 func TestApply_cancelled(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	c := cluster(t, pgtest.Options{})
 	before := autoConf(t, c)
@@ -474,6 +483,7 @@ func TestApply_cancelled(t *testing.T) {
 }
 
 func TestApply_debianNames(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	c := cluster(t, pgtest.Options{SeparateConfig: true, Settings: map[string]string{"cluster_name": "whatever/orders db"}})
 	find := func() guest.Instance {

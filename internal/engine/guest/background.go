@@ -65,17 +65,18 @@ func (b *background) start(ctx context.Context) error {
 	if err := chown(path, b.owner); err != nil {
 		return err
 	}
-	cmd := exec.Command(b.layout.BinaryLink(), "run", "--job", b.job, "--instance", b.instance, "--supervise")
-	// A new session: a Ctrl-C that ends Terraform must not end it.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	runAs(cmd, b.owner)
-	if b.layout.Root != "" {
-		cmd.Env = append(cmd.Env, job.RootVariable+"="+b.layout.Root)
-	}
-	cmd.Dir = "/"
-	cmd.Stdout, cmd.Stderr = log, log
-	if err := cmd.Start(); err != nil {
-		return fmt.Errorf("start %s: %w", cmd.Path, err)
+	var cmd *exec.Cmd
+	for try := 0; ; try++ {
+		cmd = b.command(log)
+		err := cmd.Start()
+		if err == nil {
+			break
+		}
+		// Who forked while we wrote the binary holds it open for writing until it executes something else.
+		if !errors.Is(err, syscall.ETXTBSY) || try == 100 || ctx.Err() != nil {
+			return fmt.Errorf("start %s: %w", cmd.Path, err)
+		}
+		time.Sleep(10 * time.Millisecond)
 	}
 	p := &started{done: make(chan struct{})}
 	// Whoever starts a process waits for it, or it stays as a zombie for as long as we live.
@@ -87,6 +88,19 @@ func (b *background) start(ctx context.Context) error {
 	b.process = p
 	b.mu.Unlock()
 	return nil
+}
+
+func (b *background) command(log *os.File) *exec.Cmd {
+	cmd := exec.Command(b.layout.BinaryLink(), "run", "--job", b.job, "--instance", b.instance, "--supervise")
+	// A new session: a Ctrl-C that ends Terraform must not end it.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	runAs(cmd, b.owner)
+	if b.layout.Root != "" {
+		cmd.Env = append(cmd.Env, job.RootVariable+"="+b.layout.Root)
+	}
+	cmd.Dir = "/"
+	cmd.Stdout, cmd.Stderr = log, log
+	return cmd
 }
 
 // ended tells whether the supervisor that start started has ended.

@@ -271,7 +271,7 @@ func (e *examination) repository(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
 	var newest time.Time
-	store, err := objectstore.Open(ctx, e.job.Location(e.keys), objectstore.Options{AttemptTimeout: 8 * time.Second, MaxElapsed: 10 * time.Second})
+	store, err := objectstore.Open(ctx, e.job.Location(e.keys), objectstore.Options{AttemptTimeout: 8 * time.Second, MaxElapsed: 4 * time.Second})
 	var repo *repository.Repository
 	if err == nil {
 		repo, err = repository.Open(ctx, store)

@@ -243,3 +243,8 @@ func (w *world) waitForWAL(c *pgtest.Cluster, segment postgres.SegmentName) {
 		}
 	}
 }
+
+// contextWithSeconds bounds one call that is expected to wait in vain.
+func contextWithSeconds(w *world, seconds int) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(w.ctx, time.Duration(seconds)*time.Second)
+}

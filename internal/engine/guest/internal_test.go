@@ -1,0 +1,175 @@
+//go:build linux
+
+package guest
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
+)
+
+func TestParseConf(t *testing.T) {
+	lines := parseConf("# a comment\n" +
+		"archive_command = 'cp %p ''/mnt/a b/%f''  # not a comment'  # one\n" +
+		"Port 5433\r\n" +
+		"  work_mem=4MB# here\n" +
+		"escapes = 'a\\\\b\\'c\\t\\101'\n" +
+		"empty = ''\n" +
+		"broken = 'no end\n" +
+		"include 'other.conf'\n" +
+		"port = 5434")
+	for name, expected := range map[string]string{
+		"archive_command": "cp %p '/mnt/a b/%f'  # not a comment", "port": "5434", "work_mem": "4MB", "escapes": "a\\b'c\tA", "empty": "",
+	} {
+		if found, set := confSetting(lines, name); !set || found != expected {
+			t.Errorf("%s: found %q, %t, expected %q", name, found, set, expected)
+		}
+	}
+	for _, name := range []string{"broken", "absent", ""} {
+		if found, set := confSetting(lines, name); set && name != "" {
+			t.Errorf("%s: found %q", name, found)
+		}
+	}
+}
+
+func TestSetConf(t *testing.T) {
+	before := "# kept\nwork_mem = '5MB'\narchive_command = 'x'\nARCHIVE_COMMAND = 'y'\n"
+	value := `it's a \ test`
+	after := setConf(parseConf(before), "archive_command", &value)
+	if expected := "# kept\nwork_mem = '5MB'\narchive_command = 'it''s a \\\\ test'\n"; after != expected {
+		t.Errorf("found\n%s\nexpected\n%s", after, expected)
+	}
+	if found := setConf(parseConf(after), "archive_command", nil); found != "# kept\nwork_mem = '5MB'\n" {
+		t.Errorf("found %q", found)
+	}
+}
+
+func FuzzConf(f *testing.F) {
+	f.Add("a = 'b'\n", "c'd\\")
+	f.Fuzz(func(t *testing.T, content, value string) {
+		if strings.ContainsAny(value, "\n\r\x00") {
+			return // ALTER SYSTEM refuses newlines, too
+		}
+		after := parseConf(setConf(parseConf(content), "archive_command", &value))
+		if found, set := confSetting(after, "archive_command"); !set || found != value {
+			t.Errorf("found %q, %t, expected %q", found, set, value)
+		}
+	})
+}
+
+func TestNameClusters(t *testing.T) {
+	made := func(dir string, version, port int, debian, name string) cluster {
+		c := cluster{debian: debian, clusterName: name}
+		c.DataDirectory, c.Version, c.Port = dir, version, port
+		return c
+	}
+	clusters := []cluster{
+		made("/f", 17, 5432, "", "weird/näme of it"),
+		made("/a", 15, 5432, "15/main", "15/other"),
+		made("/b", 15, 5433, "", "15/main"),
+		made("/c", 15, 5434, "", ""),
+		made("/d", 15, 5434, "", ""),
+		made("/e", 16, 5432, "", "orders"),
+		made("/g", 16, 5439, "", ""),
+	}
+	clusters[6].Name = "16-orders" // a job knows it by this name
+	nameClusters(clusters, map[string]string{"/g": "16-orders", "/gone": "15-5434"})
+	expected := map[string]string{
+		"/a": "15-main", "/b": "15-main-5433", "/c": "15-5434-5434", "/d": "15-5434-5434-2", "/e": "16-orders-5432", "/f": "17-n_me_of_it", "/g": "16-orders",
+	}
+	seen := map[string]bool{}
+	for _, c := range clusters {
+		if c.Name != expected[c.DataDirectory] {
+			t.Errorf("%s: found %q, expected %q", c.DataDirectory, c.Name, expected[c.DataDirectory])
+		}
+		if seen[c.Name] || job.ValidName(c.Name) != nil {
+			t.Errorf("%s: %q is not usable", c.DataDirectory, c.Name)
+		}
+		seen[c.Name] = true
+	}
+}
+
+func TestUnitText(t *testing.T) {
+	j := &job.Job{Repository: job.Repository{URL: "file:///srv/back up/100%"}}
+	j.WAL.TempFolder = "/var/spool/wal"
+	u := &unit{g: &local{}, job: "orders", instance: "15-main", owner: account{name: "postgres", uid: 101}}
+	golden := filepath.Join("testdata", "unit.golden")
+	found := string(u.text(j, true))
+	if os.Getenv("UPDATE_GOLDEN") != "" {
+		if err := os.WriteFile(golden, []byte(found), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	expected, err := os.ReadFile(golden)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if found != string(expected) {
+		t.Errorf("found\n%s\nexpected\n%s", found, expected)
+	}
+	if without := string(u.text(j, false)); strings.Contains(without, "LoadCredential") {
+		t.Error("a file that is not there is handed over")
+	}
+}
+
+func TestWriteFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	me := root()
+	for _, step := range []struct {
+		content string
+		mode    os.FileMode
+		changed bool
+	}{{"one", 0o600, true}, {"one", 0o600, false}, {"one", 0o644, true}, {"two", 0o644, true}, {"", 0o644, true}} {
+		changed, err := writeFile(path, []byte(step.content), step.mode, me)
+		if err != nil || changed != step.changed {
+			t.Errorf("%+v: found %t, %v", step, changed, err)
+		}
+		b, err := os.ReadFile(path)
+		info, e2 := os.Stat(path)
+		if err != nil || e2 != nil || string(b) != step.content || info.Mode() != step.mode {
+			t.Errorf("%+v: found %q, %v", step, b, info)
+		}
+	}
+	entries, err := os.ReadDir(filepath.Dir(path))
+	if err != nil || len(entries) != 1 {
+		t.Errorf("left behind: %v, %v", entries, err)
+	}
+}
+
+func TestSwitchLink(t *testing.T) {
+	dir := t.TempDir()
+	link := filepath.Join(dir, "link")
+	for _, target := range []string{"a", "a", "b"} {
+		if _, err := switchLink(link, target); err != nil {
+			t.Fatal(err)
+		}
+		if found, err := os.Readlink(link); err != nil || found != target {
+			t.Errorf("found %q, %v", found, err)
+		}
+	}
+	if err := os.Remove(link); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(link, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := switchLink(link, "a"); err == nil || !strings.Contains(err.Error(), "expected a symbolic link") {
+		t.Errorf("found %v", err)
+	}
+}
+
+func TestProgram(t *testing.T) {
+	for command, expected := range map[string]string{
+		"":                            "empty",
+		"/bin/true":                   `set by somebody else, to "/bin/true"`,
+		"pgbackrest --x archive-push": `set by somebody else, to "pgbackrest …"`,
+		"PGPASSWORD=hush ship %p":     "set by somebody else",
+	} {
+		if found := program(command); found != expected {
+			t.Errorf("%q: found %q, expected %q", command, found, expected)
+		}
+	}
+}
