@@ -24,12 +24,15 @@ variable "instance" {
 }
 
 # Keys and region come from the environment.
-provider "pgark" {}
+provider "pgark" {
+  s3 = {
+    endpoint       = var.endpoint
+    use_path_style = true
+  }
+}
 
 resource "pgark_repository" "demo" {
-  url            = var.repository
-  endpoint       = var.endpoint
-  use_path_style = true
+  url = var.repository
 }
 
 resource "pgark_postgresql_backup_job" "demo" {

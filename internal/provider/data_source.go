@@ -57,7 +57,7 @@ func (d *dataSource) guest(ctx context.Context, host types.String, name string, 
 func repositoryForData() schema.StringAttribute {
 	return schema.StringAttribute{
 		Required: true, Validators: urlValidators(),
-		MarkdownDescription: "URL of the repository: `pgark_repository.NAME.url`. The provider reads it from where Terraform runs; no guest is asked, and no identity is needed.",
+		MarkdownDescription: "URL of the repository: `pgark_repository.NAME.url`, or `pgark_repository.NAME.location` where that has a region, endpoint or path style of its own. The provider reads it from where Terraform runs; no guest is asked, and no identity is needed.",
 	}
 }
 

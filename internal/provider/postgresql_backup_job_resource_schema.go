@@ -244,7 +244,7 @@ func (r *backupJobResource) Schema(ctx context.Context, _ resource.SchemaRequest
 			},
 			connectionName: connection,
 			"repository": schema.StringAttribute{
-				Required: true, MarkdownDescription: "URL of the repository: `pgark_repository.NAME.url`.",
+				Required: true, MarkdownDescription: "URL of the repository: `pgark_repository.NAME.url`, or `pgark_repository.NAME.location` where that has a region, endpoint or path style of its own.",
 				Validators: urlValidators(),
 			},
 			"repository_settings": repositorySettingsAttribute(),

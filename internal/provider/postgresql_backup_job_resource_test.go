@@ -165,6 +165,10 @@ data "pgark_prerequisites" "here" {
 				return err
 			},
 		},
+		resource.TestStep{ // paused
+			Config:           strings.Replace(static, `deletion_policy = "retain"`, "enabled = false", 1),
+			ConfigPlanChecks: expectAction(jobAddress, plancheck.ResourceActionUpdate, "runners"),
+		},
 	)
 
 	if err := w.mustBe("archive_command", ""); err != nil {
@@ -281,14 +285,22 @@ func TestAccBackupJob_destroyAnyway(t *testing.T) {
 	w := newAccWorld(t, pgtest.Options{})
 	folder := pgtest.Dir(t)
 	pgtest.Chown(t, folder)
-	config := w.providerConfig("") + w.repositoryConfig() + w.jobConfig(fmt.Sprintf(`
+	// The host's name is not known while the first plan is made, as that of a machine created in the same run.
+	config := w.providerConfig("") + w.repositoryConfig() + strings.Replace(w.jobConfig(fmt.Sprintf(`
   wal             = { temp_folder = %q }
   deletion_policy = "delete_backups"
   image           = { on_create = true }
   wait_for_first_image = true
-`, folder))
+`, folder)), `"localhost"`, "terraform_data.host.output", 1) + fmt.Sprintf(`
+resource "terraform_data" "host" { input = "localhost" }
+resource "pgark_wal_retention" "orders" {
+  host      = %[1]s.host
+  job       = %[1]s.name
+  keep_days = 3
+}
+`, jobAddress)
 	w.test(
-		resource.TestStep{Config: config},
+		resource.TestStep{Config: config, ConfigPlanChecks: expectAction(jobAddress, plancheck.ResourceActionCreate, "host")},
 		resource.TestStep{
 			PreConfig: func() {
 				if w.walFiles() == 0 {

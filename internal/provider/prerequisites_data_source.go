@@ -12,6 +12,7 @@ import (
 
 	"github.com/pgark/terraform-provider-pgark/internal/engine/guest"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/objectstore"
 	"github.com/pgark/terraform-provider-pgark/internal/provider/validators"
 )
 
@@ -136,9 +137,11 @@ func (d *prerequisitesDataSource) Read(ctx context.Context, req datasource.ReadR
 		j.Repository = job.Repository{URL: plain, Region: s.region, Endpoint: s.endpoint, UsePathStyle: s.usePathStyle, StorageClass: s.storageClass}
 	}
 	j.ApplyDefaults()
-	keys, _, err := d.data.keysForGuest(ctx)
-	if err != nil || !withRepository || isFile(m.Repository.ValueString()) {
-		keys = nil // the AWS chain, as the guest would use it
+	var keys *objectstore.Credentials
+	if withRepository && !isFile(m.Repository.ValueString()) {
+		if found, _, err := d.data.keysForGuest(ctx); err == nil {
+			keys = found // otherwise the check itself says that there are none
+		}
 	}
 	if diags.HasError() {
 		return

@@ -33,20 +33,23 @@ import (
 // the guest's files below a directory of their own. `make test` sets TF_ACC=1, which the test framework asks for.
 
 // testRunner is the runner as these tests deploy it: built once, from this source.
-var testRunner = sync.OnceValues(func() ([]byte, error) {
-	dir, err := os.MkdirTemp("", "pgark-provider-test.")
+var testRunner = sync.OnceValues(func() ([]byte, error) { return build("../../runner") })
+
+// build makes a program of the package in a directory.
+func build(directory string) ([]byte, error) {
+	out, err := os.MkdirTemp("", "pgark-provider-test.")
 	if err != nil {
 		return nil, err
 	}
-	defer os.RemoveAll(dir)
-	file := filepath.Join(dir, "pgark")
-	build := exec.Command("go", "build", "-trimpath", "-o", file, "../../runner")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("build the runner: %w\n%s", err, out)
+	defer os.RemoveAll(out)
+	file := filepath.Join(out, "program")
+	cmd := exec.Command("go", "build", "-trimpath", "-o", file, directory)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if text, err := cmd.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("build %s: %w\n%s", directory, err, text)
 	}
 	return os.ReadFile(file)
-})
+}
 
 // accWorld is one guest with one PostgreSQL of its own, and an S3 server.
 type accWorld struct {
@@ -88,7 +91,7 @@ func newAccWorld(t *testing.T, o pgtest.Options) *accWorld {
 		// Where the test failed before its destroy, runners would go on.
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
-		for _, name := range []string{"orders", "second"} {
+		for _, name := range []string{"orders", "demo"} {
 			if err := guest.Local(w.layout).Remove(ctx, name); err != nil {
 				t.Errorf("remove job %s: %v", name, err)
 			}
