@@ -3,6 +3,7 @@ package repository
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"io"
 	"math"
 	"os"
@@ -306,7 +307,7 @@ func FuzzFrames(f *testing.F) {
 		frames := &frameReader{r: bytes.NewReader(second), c: c, kind: walContainer}
 		for {
 			if _, _, err := frames.next(); err != nil {
-				if err == io.EOF {
+				if errors.Is(err, io.EOF) {
 					return
 				}
 				break

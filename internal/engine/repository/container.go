@@ -164,11 +164,17 @@ func readHeader(r io.Reader, key string, kind containerKind) (*containerHeader, 
 
 // short tells an object that ends too early from a failed read, which says nothing about the object.
 func short(what string, err error) error {
-	if err == io.EOF || errors.Is(err, io.ErrUnexpectedEOF) {
-		return fmt.Errorf("%s: cut short: %w", what, io.ErrUnexpectedEOF)
+	if read, ok := errors.AsType[*readError](err); ok {
+		return read
+	}
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return fmt.Errorf("%s: %w", what, errCutShort)
 	}
 	return &readError{err}
 }
+
+// errCutShort is not io.ErrUnexpectedEOF, which callers take for a broken connection that is worth another try.
+var errCutShort = errors.New("cut short")
 
 // readError marks an error of the store among those of the content.
 type readError struct{ err error }
@@ -186,10 +192,6 @@ func (r *Repository) contentError(key string, err error) error {
 	}
 	if f, ok := errors.AsType[newerFormat](err); ok {
 		return &FormatError{Repository: r.store.URL(), Key: key, Found: int(f), Supported: Format}
-	}
-	switch err.(type) {
-	case *NoIdentityError, *CorruptError, *FormatError:
-		return err
 	}
 	return &CorruptError{Repository: r.store.URL(), Key: key, Err: err}
 }
@@ -286,9 +288,11 @@ type frameReader struct {
 func (f *frameReader) next() ([]byte, frameHeader, error) {
 	if f.last {
 		var one [1]byte
-		if n, err := io.ReadFull(f.r, one[:]); n != 0 {
+		n, err := io.ReadFull(f.r, one[:])
+		switch {
+		case n != 0:
 			return nil, frameHeader{}, fmt.Errorf("it goes on after its last frame, frame %d", f.number-1)
-		} else if err != io.EOF {
+		case !errors.Is(err, io.EOF):
 			return nil, frameHeader{}, short("end", err)
 		}
 		return nil, frameHeader{}, io.EOF

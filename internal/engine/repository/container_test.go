@@ -521,14 +521,14 @@ func TestNewerFormat_isNamed(t *testing.T) {
 // TestCipher_bindsPlaceAndMeta: a frame opens only under its object's key, kind, number and meta data.
 func TestCipher_bindsPlaceAndMeta(t *testing.T) {
 	for _, k := range []*sessionKey{{suite: suiteNone}, {suite: suiteAESGCM, secret: make([]byte, sessionKeyLen)}} {
-		make := func(key string, kind containerKind, salt byte, meta string) *objectCipher {
+		with := func(key string, kind containerKind, salt byte, meta string) *objectCipher {
 			c, err := k.cipherFor(key, kind, [saltSize]byte{salt}, []byte(meta))
 			if err != nil {
 				t.Fatal(err)
 			}
 			return c
 		}
-		c := make("a", packContainer, 1, "m")
+		c := with("a", packContainer, 1, "m")
 		frame := appendFrame(nil, []byte("content"), 0, 0, false)
 		c.seal(3, frame)
 		if got, err := c.open(nil, 3, frame); err != nil || string(got) != "content" {
@@ -537,9 +537,9 @@ func TestCipher_bindsPlaceAndMeta(t *testing.T) {
 		if k.suite != suiteNone && bytes.Contains(frame, []byte("content")) {
 			t.Error("the payload is not encrypted")
 		}
-		others := map[string]*objectCipher{"another key": make("b", packContainer, 1, "m"), "another kind": make("a", mapContainer, 1, "m")}
+		others := map[string]*objectCipher{"another key": with("b", packContainer, 1, "m"), "another kind": with("a", mapContainer, 1, "m")}
 		if k.suite != suiteNone {
-			others["another salt"], others["other meta"] = make("a", packContainer, 2, "m"), make("a", packContainer, 1, "n")
+			others["another salt"], others["other meta"] = with("a", packContainer, 2, "m"), with("a", packContainer, 1, "n")
 		}
 		for what, other := range others {
 			if _, err := other.open(nil, 3, frame); err == nil {

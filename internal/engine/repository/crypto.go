@@ -117,8 +117,11 @@ func (r *Repository) unwrap(key string, s suite, blob []byte) (*sessionKey, erro
 		return nil, &CorruptError{Repository: r.store.URL(), Key: key, Err: fmt.Errorf("wrapped key: %w", err)}
 	}
 	secret, err := io.ReadAll(io.LimitReader(plain, sessionKeyLen+1))
-	if err != nil || len(secret) != sessionKeyLen {
-		return nil, &CorruptError{Repository: r.store.URL(), Key: key, Err: fmt.Errorf("wrapped key: found %d bytes (%v), expected %d", len(secret), err, sessionKeyLen)}
+	if err != nil {
+		return nil, &CorruptError{Repository: r.store.URL(), Key: key, Err: fmt.Errorf("wrapped key: %w", err)}
+	}
+	if len(secret) != sessionKeyLen {
+		return nil, &CorruptError{Repository: r.store.URL(), Key: key, Err: fmt.Errorf("wrapped key: found %d bytes, expected %d", len(secret), sessionKeyLen)}
 	}
 	k = &sessionKey{suite: s, secret: secret, blob: bytes.Clone(blob)}
 	r.unwrappedMu.Lock()
@@ -188,7 +191,24 @@ type sealing struct {
 	hasher *blake3.Hasher
 }
 
-var sealings = sync.Pool{New: func() any { return &sealing{hasher: blake3.New()} }}
+var sealings = newPool(func() *sealing { return &sealing{hasher: blake3.New()} })
+
+// pool is a sync.Pool that knows its type.
+type pool[T any] struct{ p sync.Pool }
+
+func newPool[T any](fresh func() *T) *pool[T] {
+	return &pool[T]{p: sync.Pool{New: func() any { return fresh() }}}
+}
+
+func (p *pool[T]) get() *T {
+	v, ok := p.p.Get().(*T)
+	if !ok {
+		panic("repository: internal error: a pool gave something else")
+	}
+	return v
+}
+
+func (p *pool[T]) put(v *T) { p.p.Put(v) }
 
 // prepare sets nonce and associated data: key, 0x00, kind, frame number, frame header. A nonce is the frame's number,
 // which never repeats under a key because each object has a key of its own and is written once.
@@ -208,8 +228,8 @@ func (s *sealing) checksum(payload []byte) []byte {
 
 // seal completes a frame in place: header and payload stand in it, the last tagSize bytes are room for the tag.
 func (c *objectCipher) seal(number uint32, frame []byte) {
-	s := sealings.Get().(*sealing)
-	defer sealings.Put(s)
+	s := sealings.get()
+	defer sealings.put(s)
 	header, payload, tag := frame[:frameHeaderSize], frame[frameHeaderSize:len(frame)-tagSize], frame[len(frame)-tagSize:]
 	s.prepare(c, number, header)
 	if c.aead == nil {
@@ -223,8 +243,8 @@ var errSeal = errors.New("its tag does not match: it is damaged, or another obje
 
 // open verifies a whole frame and appends its payload to dst, which must not overlap frame.
 func (c *objectCipher) open(dst []byte, number uint32, frame []byte) ([]byte, error) {
-	s := sealings.Get().(*sealing)
-	defer sealings.Put(s)
+	s := sealings.get()
+	defer sealings.put(s)
 	s.prepare(c, number, frame[:frameHeaderSize])
 	if c.aead == nil {
 		payload, tag := frame[frameHeaderSize:len(frame)-tagSize], frame[len(frame)-tagSize:]

@@ -276,7 +276,7 @@ func (i *Image) ReadFrames(ctx context.Context, frames []FrameRef, fn func(f Fra
 				cancel(failed)
 			}
 		}
-		scratches.Put(r.raw)
+		scratches.put(r.raw)
 	}
 	err := g.Wait()
 	if failed != nil {
@@ -353,7 +353,7 @@ func (i *Image) fetch(ctx context.Context, s span, buffers chan []byte, tasks ch
 func (i *Image) decode(frames []FrameRef, t frameTask, payload *[]byte) (frameResult, error) {
 	f := &frames[t.frame]
 	start := int(f.Offset - t.of.offset)
-	raw := scratches.Get().(*scratch)
+	raw := scratches.get()
 	var err error
 	if raw.b, err = openRef(t.of.cipher, packContainer, f, t.of.buf[start:start+int(f.Stored)], raw.b[:0], payload); err != nil {
 		return frameResult{}, i.s.r.contentError(i.s.id.objectKey(f.Object), err)

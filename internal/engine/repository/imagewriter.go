@@ -13,7 +13,7 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// WriterOptions: the zero value works.
+// WriterOptions say how an image is uploaded. The zero value works.
 type WriterOptions struct {
 	PackSize    int    // bytes; default 16 MiB, 64 MiB at most
 	Uploads     int    // packs in flight; default 2. Memory: (Uploads+1) × PackSize, and one frame a caller
@@ -157,7 +157,7 @@ func (w *ImageWriter) unlock() { <-w.turn }
 // scratch holds the compressed form of one frame until its place is known.
 type scratch struct{ b []byte }
 
-var scratches = sync.Pool{New: func() any { return &scratch{b: make([]byte, 0, MaxFrame+MaxFrame/8)} }}
+var scratches = newPool(func() *scratch { return &scratch{b: make([]byte, 0, MaxFrame+MaxFrame/8)} })
 
 // WriteFrame compresses and seals raw (1 byte to 256 KiB) and puts it in a pack. It returns before the pack is durable.
 // It does not keep raw.
@@ -190,8 +190,8 @@ func (w *ImageWriter) WriteMap(ctx context.Context, m *SegmentMap) (FrameRef, er
 
 func (w *ImageWriter) write(ctx context.Context, kind ObjectKind, raw []byte) (FrameRef, error) {
 	// Compressing is most of the work and needs no lock; only then is it known how much room to take.
-	s := scratches.Get().(*scratch)
-	defer scratches.Put(s)
+	s := scratches.get()
+	defer scratches.put(s)
 	payload, c := raw, codecRaw
 	if w.o.Compression == "zstd" {
 		if s.b, c = compress(s.b[:0], raw); c == codecZstd {

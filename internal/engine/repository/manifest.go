@@ -283,7 +283,7 @@ func decodeManifest(frames *frameReader) (*Manifest, error) {
 	}
 	for {
 		raw, h, err := frames.next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return m, nil
 		}
 		if err != nil {

@@ -41,8 +41,11 @@ func (m *memoryStore) pass(ctx context.Context, op, key string, after bool) erro
 
 func (m *memoryStore) Create(ctx context.Context, key string, body io.ReadSeeker, size int64) error {
 	b, err := io.ReadAll(body)
-	if err != nil || int64(len(b)) != size {
-		return fmt.Errorf("body of %d bytes, %v", len(b), err)
+	if err != nil {
+		return err
+	}
+	if int64(len(b)) != size {
+		return fmt.Errorf("found a body of %d bytes, expected %d", len(b), size)
 	}
 	if err := m.pass(ctx, "create", key, false); err != nil {
 		return err

@@ -181,12 +181,12 @@ func (r *Repository) backOff(ctx context.Context, attempt int) error {
 	return sleep(ctx, r.jitter(min(20*time.Millisecond<<min(attempt, 10), 2*time.Second)))
 }
 
-// step makes one transition of the head: read the newest, apply change, create the next version; where somebody else
-// was faster, again. change returns nil for "nothing to do". The head that step returns is the newest it knows.
-func (s *Series) step(ctx context.Context, change Change, apply func(*Head) (*Head, []SID, error)) (*Head, error) {
+// step makes one transition of the head: read the newest, apply the change, create the next version; where somebody else
+// was faster, again. apply returns nil for "nothing to do".
+func (s *Series) step(ctx context.Context, change Change, apply func(*Head) (*Head, []SID, error)) error {
 	nonce, err := s.r.nonce()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	change.Nonce = nonce
 	if change.Writer == "" {
@@ -194,45 +194,46 @@ func (s *Series) step(ctx context.Context, change Change, apply func(*Head) (*He
 	}
 	h, err := s.Head(ctx)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	for attempt := 0; ; attempt++ {
 		next, sids, err := apply(h)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		if next == nil {
-			return h, nil
+			return nil
 		}
 		change.SIDs, change.At = sids, s.r.clock()
 		next.Version, next.Previous, next.Change = h.Version+1, h.checksum, change
 		next.checksum, err = s.r.createDocument(ctx, s.id.headKey(next.Version), headDocument{Format: Format, Head: next})
 		if err == nil {
-			return s.remember(next), nil
+			s.remember(next)
+			return nil
 		}
 		_, conflict := errors.AsType[*objectstore.ConflictError](err)
 		if !conflict && !objectstore.IsTransient(err) || attempt >= maxConflicts {
-			return nil, fmt.Errorf("%s in %s: %w", change.Op, s.id, err)
+			return fmt.Errorf("%s in %s: %w", change.Op, s.id, err)
 		}
 		if !conflict && ctx.Err() != nil {
-			return nil, context.Cause(ctx)
+			return context.Cause(ctx)
 		}
 		// Walk over what was created since, version by version: one of them may be ours, its reply lost.
 		found, mine, walkErr := s.walk(ctx, h, nonce)
 		switch {
 		case walkErr != nil && conflict:
-			return nil, fmt.Errorf("%s in %s: %w", change.Op, s.id, walkErr)
+			return fmt.Errorf("%s in %s: %w", change.Op, s.id, walkErr)
 		case walkErr != nil:
-			return nil, fmt.Errorf("%s in %s: %w", change.Op, s.id, err)
+			return fmt.Errorf("%s in %s: %w", change.Op, s.id, err)
 		case mine:
-			return found, nil
+			return nil
 		case !conflict:
 			// Nobody can say whether the request will still arrive. Giving up is safe: every transition may happen late.
-			return nil, fmt.Errorf("%s in %s: %w", change.Op, s.id, err)
+			return fmt.Errorf("%s in %s: %w", change.Op, s.id, err)
 		}
 		h = found
 		if err := s.r.backOff(ctx, attempt); err != nil {
-			return nil, err
+			return err
 		}
 	}
 }
@@ -263,7 +264,7 @@ func (s *Series) Begin(ctx context.Context, session OpenSession) (SID, error) {
 		session.StartedAt = s.r.clock()
 	}
 	var sid SID
-	_, err := s.step(ctx, Change{Op: "begin", Writer: session.Host}, func(h *Head) (*Head, []SID, error) {
+	err := s.step(ctx, Change{Op: "begin", Writer: session.Host}, func(h *Head) (*Head, []SID, error) {
 		next, err := h.begin(s.id, session)
 		sid = h.NextSID
 		return next, []SID{sid}, err
@@ -278,7 +279,7 @@ func (s *Series) Begin(ctx context.Context, session OpenSession) (SID, error) {
 // ErrSessionGone if the session was evicted; *BelowFloorError if its start lies below the WAL floor. After any other
 // error the image may be live or not; committing it again is safe and tells.
 func (s *Series) Commit(ctx context.Context, image ImageInfo) error {
-	_, err := s.step(ctx, Change{Op: "commit"}, func(h *Head) (*Head, []SID, error) {
+	err := s.step(ctx, Change{Op: "commit"}, func(h *Head) (*Head, []SID, error) {
 		next, err := h.commit(s.id, image)
 		return next, []SID{image.SID}, err
 	})
@@ -287,7 +288,7 @@ func (s *Series) Commit(ctx context.Context, image ImageInfo) error {
 
 // Abort ends a session without an image; an unknown session is no error. A committed image is not touched.
 func (s *Series) Abort(ctx context.Context, sid SID) error {
-	_, err := s.step(ctx, Change{Op: "abort"}, func(h *Head) (*Head, []SID, error) {
+	err := s.step(ctx, Change{Op: "abort"}, func(h *Head) (*Head, []SID, error) {
 		return h.end(sid), []SID{sid}, nil
 	})
 	return err
@@ -297,7 +298,7 @@ func (s *Series) Abort(ctx context.Context, sid SID) error {
 // evicting a running writer makes its commit fail; no image suffers from either.
 func (s *Series) Evict(ctx context.Context, keep func(OpenSession) bool) ([]SID, error) {
 	var evicted []SID
-	_, err := s.step(ctx, Change{Op: "evict"}, func(h *Head) (*Head, []SID, error) {
+	err := s.step(ctx, Change{Op: "evict"}, func(h *Head) (*Head, []SID, error) {
 		evicted = nil
 		for _, session := range h.Sessions {
 			if !keep(session) {
@@ -315,7 +316,7 @@ func (s *Series) Evict(ctx context.Context, keep func(OpenSession) bool) ([]SID,
 // Expire takes images out of the live set; unknown ones are no error. Their objects go with the next Collect, unless a
 // session or another image needs them.
 func (s *Series) Expire(ctx context.Context, sids ...SID) error {
-	_, err := s.step(ctx, Change{Op: "expire"}, func(h *Head) (*Head, []SID, error) {
+	err := s.step(ctx, Change{Op: "expire"}, func(h *Head) (*Head, []SID, error) {
 		return h.expire(sids...), sids, nil
 	})
 	return err
@@ -324,7 +325,7 @@ func (s *Series) Expire(ctx context.Context, sids ...SID) error {
 // RaiseWALFloor allows the deletion of WAL that ends at or below lsn on timeline. It never lowers a floor, and refuses
 // with a *FloorError to rise above the start of a live image, or of one that a restore session reads, on that timeline.
 func (s *Series) RaiseWALFloor(ctx context.Context, t postgres.Timeline, lsn postgres.LSN) error {
-	_, err := s.step(ctx, Change{Op: "floor"}, func(h *Head) (*Head, []SID, error) {
+	err := s.step(ctx, Change{Op: "floor"}, func(h *Head) (*Head, []SID, error) {
 		next, err := h.raiseFloor(s.id, t, lsn)
 		return next, nil, err
 	})

@@ -78,8 +78,9 @@ func (s *reader) Read(p []byte) (int, error) {
 				return 0, err
 			}
 		}
-		if s.failures >= maxReadFailures || !(objectstore.IsTransient(err) || errors.Is(err, io.ErrUnexpectedEOF)) {
-			return 0, err
+		worthAnother := objectstore.IsTransient(err) || errors.Is(err, io.ErrUnexpectedEOF)
+		if !worthAnother || s.failures >= maxReadFailures {
+			return 0, &readError{err}
 		}
 		if err := sleep(s.ctx, 50*time.Millisecond<<s.failures); err != nil {
 			return 0, err

@@ -126,8 +126,8 @@ func (s *simulation) writer(ctx context.Context, name string, seed uint64) {
 			before, g.files = g.files, g.files.change(rnd)
 			continue
 		}
-		_, notExist := err, errors.Is(err, objectstore.ErrNotExist)
-		if !allowed(ctx, err) && !(notExist && s.evicted(sid)) {
+		collected := errors.Is(err, objectstore.ErrNotExist) && s.evicted(sid) // its parent, which nothing pinned any more
+		if !allowed(ctx, err) && !collected {
 			s.t.Errorf("%s: image %s: %v", name, sid, err)
 			return
 		}

@@ -259,7 +259,7 @@ func eachWALFrame(ctx context.Context, raw io.ReaderAt, size int64, buf []byte, 
 		}
 		part := buf[:min(size-offset, int64(len(buf)))]
 		if n, err := raw.ReadAt(part, offset); n < len(part) {
-			if err == io.EOF {
+			if errors.Is(err, io.EOF) {
 				return fmt.Errorf("found %d bytes, expected %d", offset+int64(n), size)
 			}
 			return err
@@ -303,7 +303,7 @@ func (s *Series) GetWAL(ctx context.Context, name string, w io.Writer) (WALInfo,
 	frames := frameReader{r: body, c: c, kind: walContainer}
 	for size := int64(0); ; {
 		raw, _, err := frames.next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			if size != info.Size {
 				return WALInfo{}, s.r.contentError(key, fmt.Errorf("found %d bytes, expected %d", size, info.Size))
 			}
@@ -367,7 +367,7 @@ func (s *Series) StatWAL(ctx context.Context, name string) (WALInfo, error) {
 		body := s.r.newReader(ctx, key, 0, n)
 		info, _, err := s.readWALHeader(body, key, name)
 		_ = body.Close() // nothing was written
-		if errors.Is(err, io.ErrUnexpectedEOF) && n < o.Size {
+		if errors.Is(err, errCutShort) && n < o.Size {
 			continue
 		}
 		if err != nil {
