@@ -203,13 +203,6 @@ func listOf[T any](ctx context.Context, elem attr.Type, list []T, diags *diag.Di
 
 func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
 
-func momentOf(t *time.Time) timetypes.RFC3339 {
-	if t == nil {
-		return timetypes.NewRFC3339Null()
-	}
-	return moment(*t)
-}
-
 // timeOf reads a time; null gives the zero time. The attribute's type has checked its form.
 func timeOf(v timetypes.RFC3339) time.Time {
 	if v.IsNull() || v.IsUnknown() {

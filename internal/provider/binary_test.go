@@ -65,7 +65,7 @@ func (d *directory) copyIn(files ...string) {
 }
 
 // run runs the CLI, which has to exit with 0.
-func (d *directory) run(args ...string) string {
+func (d *directory) run(args ...string) {
 	d.Helper()
 	cmd := exec.CommandContext(d.Context(), cli, args...)
 	cmd.Dir, cmd.Env = d.path, d.env
@@ -74,7 +74,6 @@ func (d *directory) run(args ...string) string {
 	if err := cmd.Run(); err != nil {
 		d.Fatalf("%s %s: %v\n%s", filepath.Base(cli), strings.Join(args, " "), err, out.Bytes())
 	}
-	return out.String()
 }
 
 // TestAccExamples validates every example that the documents show.
@@ -117,7 +116,7 @@ func TestAccBinary(t *testing.T) {
 		t.Error("found the secret key in the state file")
 	}
 	d.run("destroy", "-no-color", "-auto-approve")
-	if err := w.mustBe("archive_command", ""); err != nil {
+	if err := w.archiveCommandMustBe(""); err != nil {
 		t.Error(err)
 	}
 	if left := w.guestFiles(); len(left) > 0 {

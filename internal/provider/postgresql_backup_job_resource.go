@@ -214,8 +214,8 @@ func (m *remembered) repository(url string) (s repositorySettings, ok bool) {
 	if m == nil || m.Location == "" {
 		return s, false
 	}
-	noted, s, _ := locationQuery(m.Location)
-	plain, _, _ := locationQuery(url)
+	noted, s := locationQuery(m.Location)
+	plain, _ := locationQuery(url)
 	return s, noted == plain
 }
 

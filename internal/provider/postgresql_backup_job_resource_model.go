@@ -122,7 +122,6 @@ var (
 	retryTypes              = imageTypes["retry"].(attr.TypeWithAttributeTypes).AttributeTypes()     //nolint:forcetypeassert // the schema says so
 	imageRetentionTypes     = imageTypes["retention"].(attr.TypeWithAttributeTypes).AttributeTypes() //nolint:forcetypeassert // the schema says so
 	walTypes                = attributeTypes(walAttribute())
-	guestSettingsTypes      = attributeTypes(guestSettingsAttribute())
 	protectedInstanceType   = types.ObjectType{AttrTypes: map[string]attr.Type{
 		"name": types.StringType, "version": types.Int64Type, "data_directory": types.StringType, "port": types.Int64Type, "system_identifier": types.StringType,
 	}}
@@ -149,7 +148,7 @@ func oneOf(allowed ...string) func(string) error {
 
 // toJob is the job that the model declares. Its protected instances are the guest's business: they are not in it.
 func (m backupJobModel) toJob(ctx context.Context, diags *diag.Diagnostics) *job.Job {
-	plain, _, _ := locationQuery(m.Repository.ValueString())
+	plain, _ := locationQuery(m.Repository.ValueString())
 	settings := decode[repositorySettingsModel](ctx, m.RepositorySettings, diags).settings()
 	instances := decode[instancesModel](ctx, m.Instances, diags)
 	image := decode[imageModel](ctx, m.Image, diags)
@@ -206,7 +205,7 @@ func (m backupJobModel) toJob(ctx context.Context, diags *diag.Diagnostics) *job
 
 // fromJob takes over what a job file says, in the user's notation where that means the same.
 func (m *backupJobModel) fromJob(ctx context.Context, j *job.Job, diags *diag.Diagnostics) {
-	if plain, _, _ := locationQuery(m.Repository.ValueString()); plain != j.Repository.URL {
+	if plain, _ := locationQuery(m.Repository.ValueString()); plain != j.Repository.URL {
 		m.Repository = types.StringValue(j.Repository.URL)
 	}
 	settings := repositorySettings{

@@ -26,10 +26,11 @@ const (
 	retentionAddress = "pgark_wal_retention.orders"
 )
 
-func expectAction(address string, action plancheck.ResourceActionType, unknown ...string) resource.ConfigPlanChecks {
-	checks := []plancheck.PlanCheck{plancheck.ExpectResourceAction(address, action)}
+// expectAction expects what the plan does with the job, and which of its attributes it does not know yet.
+func expectAction(action plancheck.ResourceActionType, unknown ...string) resource.ConfigPlanChecks {
+	checks := []plancheck.PlanCheck{plancheck.ExpectResourceAction(jobAddress, action)}
 	for _, name := range unknown {
-		checks = append(checks, plancheck.ExpectUnknownValue(address, tfjsonpath.New(name)))
+		checks = append(checks, plancheck.ExpectUnknownValue(jobAddress, tfjsonpath.New(name)))
 	}
 	return resource.ConfigPlanChecks{PreApply: checks}
 }
@@ -105,12 +106,12 @@ data "pgark_prerequisites" "here" {
 		},
 		resource.TestStep{
 			Config:            changed,
-			ConfigPlanChecks:  expectAction(jobAddress, plancheck.ResourceActionUpdate, "config_sha256"),
+			ConfigPlanChecks:  expectAction(plancheck.ResourceActionUpdate, "config_sha256"),
 			ConfigStateChecks: []statecheck.StateCheck{secrets},
 		},
 		resource.TestStep{ // durations are compared by what they mean
 			Config:   strings.NewReplacer(`"600s"`, `"10m"`, `"60s"`, `"1m"`).Replace(changed),
-			PlanOnly: false, ConfigPlanChecks: expectAction(jobAddress, plancheck.ResourceActionUpdate),
+			PlanOnly: false, ConfigPlanChecks: expectAction(plancheck.ResourceActionUpdate),
 		},
 		resource.TestStep{
 			ResourceName: jobAddress, ImportState: true, ImportStateId: "localhost/orders", ImportStateVerify: true,
@@ -126,13 +127,13 @@ data "pgark_prerequisites" "here" {
 				w.cluster.Exec("select pg_reload_conf()")
 			},
 			Config:           changed,
-			ConfigPlanChecks: expectAction(jobAddress, plancheck.ResourceActionUpdate, "guest_settings_actual"),
-			Check:            func(*terraform.State) error { return w.mustBe("archive_command", w.ours()) },
+			ConfigPlanChecks: expectAction(plancheck.ResourceActionUpdate, "guest_settings_actual"),
+			Check:            func(*terraform.State) error { return w.archiveCommandMustBe(w.ours()) },
 		},
 		resource.TestStep{ // the runner is killed for good
 			PreConfig:        w.killRunner,
 			Config:           changed,
-			ConfigPlanChecks: expectAction(jobAddress, plancheck.ResourceActionUpdate, "runners"),
+			ConfigPlanChecks: expectAction(plancheck.ResourceActionUpdate, "runners"),
 		},
 		resource.TestStep{ // the job file is edited
 			PreConfig: func() {
@@ -146,16 +147,16 @@ data "pgark_prerequisites" "here" {
 				}
 			},
 			Config:           changed,
-			ConfigPlanChecks: expectAction(jobAddress, plancheck.ResourceActionUpdate, "config_sha256"),
+			ConfigPlanChecks: expectAction(plancheck.ResourceActionUpdate, "config_sha256"),
 		},
 		resource.TestStep{ // a provider with another runner
 			PreConfig:        func() { w.changed = []byte("another") },
 			Config:           changed,
-			ConfigPlanChecks: expectAction(jobAddress, plancheck.ResourceActionUpdate, "runner_sha256"),
+			ConfigPlanChecks: expectAction(plancheck.ResourceActionUpdate, "runner_sha256"),
 		},
 		resource.TestStep{ // keys of its own, and no WAL retention any more
 			Config:            static,
-			ConfigPlanChecks:  expectAction(jobAddress, plancheck.ResourceActionUpdate),
+			ConfigPlanChecks:  expectAction(plancheck.ResourceActionUpdate),
 			ConfigStateChecks: []statecheck.StateCheck{secrets, statecheck.ExpectKnownValue(jobAddress, tfjsonpath.New("credentials").AtMapKey("secret_access_key_wo"), knownvalue.Null())},
 			Check: func(*terraform.State) error {
 				j, err := job.Load(w.layout, "orders")
@@ -167,11 +168,11 @@ data "pgark_prerequisites" "here" {
 		},
 		resource.TestStep{ // paused
 			Config:           strings.Replace(static, `deletion_policy = "retain"`, "enabled = false", 1),
-			ConfigPlanChecks: expectAction(jobAddress, plancheck.ResourceActionUpdate, "runners"),
+			ConfigPlanChecks: expectAction(plancheck.ResourceActionUpdate, "runners"),
 		},
 	)
 
-	if err := w.mustBe("archive_command", ""); err != nil {
+	if err := w.archiveCommandMustBe(""); err != nil {
 		t.Error(err)
 	}
 	if left := w.guestFiles(); len(left) > 0 {
@@ -218,9 +219,10 @@ func (w *accWorld) mustFail(config string, parts ...string) {
 	}
 }
 
-func (w *accWorld) mustBe(setting, want string) error {
-	if got := w.setting(setting); got != want {
-		return fmt.Errorf("%s is %q, expected %q", setting, got, want)
+// archiveCommandMustBe compares the server's archive_command.
+func (w *accWorld) archiveCommandMustBe(want string) error {
+	if got := w.archiveCommand(); got != want {
+		return fmt.Errorf("archive_command is %q, expected %q", got, want)
 	}
 	return nil
 }
@@ -271,7 +273,7 @@ func TestAccBackupJob_prerequisites(t *testing.T) {
 		"Prerequisite Not Met: archive_command", `"cp …"`, `existing_archive_command = "replace"`,
 		"Prerequisite Not Met: wal_level", "minimal",
 	)
-	if err := w.mustBe("archive_command", theirs); err != nil {
+	if err := w.archiveCommandMustBe(theirs); err != nil {
 		t.Error(err)
 	}
 	if left := w.guestFiles(); len(left) > 0 {
@@ -300,7 +302,7 @@ resource "pgark_wal_retention" "orders" {
 }
 `, jobAddress)
 	w.test(
-		resource.TestStep{Config: config, ConfigPlanChecks: expectAction(jobAddress, plancheck.ResourceActionCreate, "host")},
+		resource.TestStep{Config: config, ConfigPlanChecks: expectAction(plancheck.ResourceActionCreate, "host")},
 		resource.TestStep{
 			PreConfig: func() {
 				if w.walFiles() == 0 {

@@ -132,7 +132,7 @@ func (d *prerequisitesDataSource) Read(ctx context.Context, req datasource.ReadR
 	}
 	m.RepositorySettings = d.settings(ctx, m.Repository, m.RepositorySettings, diags)
 	if withRepository {
-		plain, _, _ := locationQuery(m.Repository.ValueString())
+		plain, _ := locationQuery(m.Repository.ValueString())
 		s := decode[repositorySettingsModel](ctx, m.RepositorySettings, diags).settings()
 		j.Repository = job.Repository{URL: plain, Region: s.region, Endpoint: s.endpoint, UsePathStyle: s.usePathStyle, StorageClass: s.storageClass}
 	}

@@ -192,24 +192,21 @@ func (d *providerData) check(ctx context.Context, g guest.Guest, host string, r 
 // ---- repositories ---------------------------------------------------------------------------------------------------
 
 // locationQuery splits what a URL's query says of a location off the URL: s3://b/p?region=…&endpoint=…&path_style=true.
-func locationQuery(raw string) (plain string, s repositorySettings, found bool) {
-	plain, query, found := strings.Cut(raw, "?")
+func locationQuery(raw string) (plain string, s repositorySettings) {
+	plain, query, _ := strings.Cut(raw, "?")
 	plain = strings.TrimRight(plain, "/")
 	if plain == "file:" {
 		plain = "file:///"
 	}
-	if !found {
-		return plain, s, false
-	}
 	values, err := url.ParseQuery(query)
 	if err != nil {
-		return plain, s, false
+		return plain, s // checkLocation refuses it
 	}
 	s.region = values.Get("region")
 	s.endpoint = values.Get("endpoint")
 	s.storageClass = values.Get("storage_class")
 	s.usePathStyle = values.Get("path_style") == "true"
-	return plain, s, true
+	return plain, s
 }
 
 var checkPlainLocation = validators.Job(func(j *job.Job, url string) { j.Repository.URL = url })
@@ -243,7 +240,7 @@ func checkLocation(raw string) error {
 
 // known finds the pgark_repository of this configuration with the URL, as far as this process has heard of it.
 func (d *providerData) known(raw string) (knownRepository, bool) {
-	plain, _, _ := locationQuery(raw)
+	plain, _ := locationQuery(raw)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	k, ok := d.repositories[plain]
@@ -253,7 +250,7 @@ func (d *providerData) known(raw string) (knownRepository, bool) {
 // fallback is how a repository is reached that no pgark_repository says anything of: as its URL says, else the provider.
 // It needs nothing but configuration, so plan and apply always agree on it.
 func (d *providerData) fallback(raw string) repositorySettings {
-	plain, query, _ := locationQuery(raw)
+	plain, query := locationQuery(raw)
 	if isFile(plain) {
 		return repositorySettings{}
 	}
@@ -265,7 +262,7 @@ func (d *providerData) resolve(raw string) repositorySettings {
 	if k, ok := d.known(raw); ok {
 		return k.settings
 	}
-	plain, _, _ := locationQuery(raw)
+	plain, _ := locationQuery(raw)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if s, ok := d.ofJobs[plain]; ok {
@@ -276,7 +273,7 @@ func (d *providerData) resolve(raw string) repositorySettings {
 
 // rememberOfJob lets data sources that are read in an apply find a repository which does not change itself.
 func (d *providerData) rememberOfJob(raw string, s repositorySettings) {
-	plain, _, _ := locationQuery(raw)
+	plain, _ := locationQuery(raw)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.ofJobs[plain] = s
@@ -291,7 +288,7 @@ func (d *providerData) fill(s repositorySettings) repositorySettings {
 }
 
 func (d *providerData) rememberRepository(raw string, r knownRepository) {
-	plain, _, _ := locationQuery(raw)
+	plain, _ := locationQuery(raw)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.repositories[plain] = r
@@ -306,7 +303,7 @@ func (d *providerData) repositoryToCreate(raw string) bool {
 // open opens a repository's store with the provider's own keys. patience bounds the retries of one request: short where
 // a user waits for a plan.
 func (d *providerData) open(ctx context.Context, raw string, s repositorySettings, patience time.Duration) (objectstore.Store, error) {
-	plain, _, _ := locationQuery(raw)
+	plain, _ := locationQuery(raw)
 	return objectstore.Open(ctx, objectstore.Location{
 		URL:          plain,
 		Region:       s.region,
@@ -355,7 +352,7 @@ func (d *providerData) keysForGuest(ctx context.Context) (keys *objectstore.Cred
 
 // withSettings writes a URL that says how the repository is reached; locationQuery reads it.
 func withSettings(raw string, s repositorySettings) string {
-	plain, _, _ := locationQuery(raw)
+	plain, _ := locationQuery(raw)
 	q := url.Values{}
 	for name, value := range map[string]string{"region": s.region, "endpoint": s.endpoint, "storage_class": s.storageClass} {
 		if value != "" {

@@ -49,7 +49,7 @@ func TestWithSettings(t *testing.T) {
 		if err := checkLocation(got); err != nil {
 			t.Error(err)
 		}
-		if plain, back, _ := locationQuery(got); plain != "s3://b/p" || back != s {
+		if plain, back := locationQuery(got); plain != "s3://b/p" || back != s {
 			t.Errorf("%s reads as %s, %+v", got, plain, back)
 		}
 	}

@@ -89,7 +89,7 @@ func (m repositoryModel) recipients(ctx context.Context, diags *diag.Diagnostics
 
 // settings is where the repository is, with the provider's defaults filled in.
 func (m repositoryModel) settings(d *providerData) repositorySettings {
-	_, query, _ := locationQuery(m.URL.ValueString())
+	_, query := locationQuery(m.URL.ValueString())
 	s := repositorySettings{
 		region:       firstOf(m.Region.ValueString(), query.region),
 		endpoint:     firstOf(m.Endpoint.ValueString(), query.endpoint),

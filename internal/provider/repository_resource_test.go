@@ -78,7 +78,7 @@ func TestAccRepository_s3(t *testing.T) {
 	w := &accWorld{T: t, s3: s3test.Start(t)}
 	w.s3.CreateBucket(accBucket)
 	t.Setenv("AWS_EC2_METADATA_DISABLED", "true")
-	warn := fmt.Sprintf(`on_unreachable = "warn"`)
+	const warn = `on_unreachable = "warn"`
 	wrongKeys := fmt.Sprintf("provider \"pgark\" {\n  s3 = { access_key_id = %q, secret_access_key = \"wrong\" }\n}\n", w.s3.AccessKeyID)
 	missing := fmt.Sprintf("resource \"pgark_repository\" \"main\" {\n  url = \"s3://no-such-bucket/x\"\n  endpoint = %q\n  use_path_style = true\n  region = %q\n}\n",
 		w.s3.Endpoint(), s3test.Region)

@@ -43,7 +43,7 @@ func build(directory string) ([]byte, error) {
 	}
 	defer os.RemoveAll(out)
 	file := filepath.Join(out, "program")
-	cmd := exec.Command("go", "build", "-trimpath", "-o", file, directory)
+	cmd := exec.CommandContext(context.Background(), "go", "build", "-trimpath", "-o", file, directory)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if text, err := cmd.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("build %s: %w\n%s", directory, err, text)
@@ -167,10 +167,10 @@ func (w *accWorld) instance() string {
 	return strconv.Itoa(w.cluster.Major) + "-" + strconv.Itoa(w.cluster.Port)
 }
 
-// setting is how the server has it, whatever archive_mode says.
-func (w *accWorld) setting(name string) string {
+// archiveCommand is how the server has it, whatever archive_mode says.
+func (w *accWorld) archiveCommand() string {
 	w.Helper()
-	return w.cluster.Scalar("select reset_val from pg_settings where name = $1", name)
+	return w.cluster.Scalar("select reset_val from pg_settings where name = 'archive_command'")
 }
 
 // ours is the archive_command that the job sets.
