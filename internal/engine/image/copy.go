@@ -46,7 +46,7 @@ type copier struct {
 
 // counters are read while the copier works.
 type counters struct {
-	files, bytes, read, changed, skippedFiles, source atomic.Int64
+	files, bytes, read, changed atomic.Int64
 }
 
 // excusedPage is a page whose checksum was wrong and whose LSN says that it was written during the backup.
@@ -167,7 +167,6 @@ func (c *copier) copyFile(ctx context.Context, e *entry, b *buffers) error {
 		if err := c.state.addEncoded(encoded); err != nil {
 			return err
 		}
-		c.skippedFiles.Add(1)
 		e.describe(old)
 		return nil
 	}

@@ -3,6 +3,7 @@ package image
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
@@ -108,7 +109,7 @@ func TestReadFile_history(t *testing.T) {
 			store.sid++
 			stored := store.bytes
 			now, err := c.readFile(t.Context(), e, f, identity, old, b)
-			if err == errScattered {
+			if errors.Is(err, errScattered) {
 				old, stored = nil, store.bytes
 				now, err = c.readFile(t.Context(), e, f, identity, nil, b)
 			}
@@ -173,7 +174,7 @@ func TestReadFile_scattered(t *testing.T) {
 		}
 		store.sid++
 		now, err := c.readFile(t.Context(), e, f, fileIdentity{Size: int64(len(content))}, old, b)
-		if err == errScattered {
+		if errors.Is(err, errScattered) {
 			afresh++
 			now, err = c.readFile(t.Context(), e, f, fileIdentity{Size: int64(len(content))}, nil, b)
 		}

@@ -108,7 +108,7 @@ func (s *scanner) addVolume(role, root string, oid uint32) (int, error) {
 	}
 	v.SizeBytes = int64(st.Blocks) * st.Bsize
 	v.UsedBytes = int64(st.Blocks-st.Bfree) * st.Bsize
-	v.trustStat = !remoteFileSystem(int64(st.Type))
+	v.trustStat = !remoteFileSystem(st.Type)
 	v.Device, v.FileSystem = mountOf(root)
 	s.volumes = append(s.volumes, v)
 	return len(s.volumes) - 1, nil
@@ -130,8 +130,8 @@ func remoteFileSystem(magic int64) bool {
 
 // mountOf finds what is mounted where name lies, from /proc/self/mountinfo; empty where that cannot be read.
 func mountOf(name string) (device, fileSystem string) {
-	if real, err := filepath.EvalSymlinks(name); err == nil {
-		name = real
+	if resolved, err := filepath.EvalSymlinks(name); err == nil {
+		name = resolved
 	}
 	b, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
@@ -442,8 +442,8 @@ const (
 // are taken.
 func (s *scanner) scanConfig(files []string) error {
 	data := s.volumes[0].Path
-	if real, err := filepath.EvalSymlinks(data); err == nil {
-		data = real
+	if resolved, err := filepath.EvalSymlinks(data); err == nil {
+		data = resolved
 	}
 	wanted := make(map[string][]string) // directory → names of files
 	take := func(name string) {
@@ -460,8 +460,8 @@ func (s *scanner) scanConfig(files []string) error {
 		name = filepath.Clean(name)
 		take(name)
 		// The file itself may be elsewhere than its name: data/postgresql.conf → /etc/postgresql/postgresql.conf.
-		if real, err := filepath.EvalSymlinks(name); err == nil && real != name {
-			take(real)
+		if resolved, err := filepath.EvalSymlinks(name); err == nil && resolved != name {
+			take(resolved)
 		}
 	}
 	directories := make([]string, 0, len(wanted))
@@ -505,13 +505,13 @@ func (s *scanner) mayTakeWhole(directory string) bool {
 	if strings.Count(directory, "/") < 2 || slices.Contains([]string{"/usr/local", "/usr/local/etc", "/var/lib", "/usr/share"}, directory) {
 		return false
 	}
-	real, err := filepath.EvalSymlinks(directory)
+	resolved, err := filepath.EvalSymlinks(directory)
 	if err != nil {
 		return false
 	}
 	return !slices.ContainsFunc(s.volumes, func(v volume) bool {
 		root, err := filepath.EvalSymlinks(v.Path)
-		return v.Role != roleConfig && (err != nil || within(root, real))
+		return v.Role != roleConfig && (err != nil || within(root, resolved))
 	})
 }
 

@@ -211,7 +211,7 @@ func (w *world) settle() {
 
 // materialise rebuilds an image's volumes below a new directory: data, wal, <oid> for each tablespace, config. Links of
 // pg_tblspc and pg_wal are turned to them.
-func (w *world) materialise(sid repository.SID, identities ...age.Identity) (root string, m *repository.Manifest) {
+func (w *world) materialise(sid repository.SID) (root string, m *repository.Manifest) {
 	w.t.Helper()
 	ctx := w.t.Context()
 	image, err := w.series.OpenImage(ctx, sid)
@@ -339,9 +339,8 @@ func (w *world) recover(sid repository.SID) *pgtest.Cluster {
 	return c
 }
 
-// fileOf is a relation's first file, and its path in the data directory.
-func (w *world) fileOf(relation string) (full, rel string) {
+// fileOf is a relation's first file.
+func (w *world) fileOf(relation string) string {
 	w.t.Helper()
-	rel = w.cluster.Scalar("select pg_relation_filepath('" + relation + "')")
-	return filepath.Join(w.cluster.DataDir, rel), rel
+	return filepath.Join(w.cluster.DataDir, w.cluster.Scalar("select pg_relation_filepath('"+relation+"')"))
 }
