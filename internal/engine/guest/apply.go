@@ -35,8 +35,8 @@ type application struct {
 	owner map[string]account // by instance
 	repo  *repository.Repository
 
-	documentsChanged bool
-	done             []string
+	changed change
+	done    []string
 }
 
 // Apply implements Guest. It begins with the prerequisite checks: while one fails, nothing is changed.
@@ -119,7 +119,7 @@ func (a *application) run(ctx context.Context) (step string, err error) {
 	}
 	for _, i := range a.job.Protected {
 		step = "start the runner of " + i.Name
-		if err := a.g.ensureRunner(ctx, a.job, i, a.owner[i.Name], a.documentsChanged); err != nil {
+		if err := a.g.ensureRunner(ctx, a.job, i, a.owner[i.Name], a.changed); err != nil {
 			return step, err
 		}
 		a.done = append(a.done, step)
@@ -306,7 +306,9 @@ func (a *application) writeDocuments(context.Context) error {
 	if err != nil {
 		return fmt.Errorf("job file: %w", err)
 	}
-	a.documentsChanged = changed
+	if changed {
+		a.changed = changedDocuments
+	}
 
 	// The owner of the instances reads them, as the runner and as whoever runs pgark by hand. Where there are several
 	// owners, systemd hands them over, which reads as root.
@@ -326,9 +328,11 @@ func (a *application) writeDocuments(context.Context) error {
 		if err != nil {
 			return fmt.Errorf("credentials: %w", err)
 		}
-		a.documentsChanged = a.documentsChanged || changed
+		if changed {
+			a.changed = changedCredentials
+		}
 	} else if err := os.Remove(file); err == nil {
-		a.documentsChanged = true
+		a.changed = changedCredentials
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("credentials: %w", err)
 	}

@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -110,13 +111,11 @@ func TestApply_life(t *testing.T) {
 		if s.RunnerSHA256 != digest([]byte("changed")) {
 			t.Errorf("runner: found %s", s.RunnerSHA256)
 		}
-		for deadline := time.Now().Add(10 * time.Second); s.Instances[0].Settings["archive_command"] != "/bin/true"; {
-			if time.Now().After(deadline) {
-				t.Fatalf("settings: found %v", s.Instances[0].Settings)
-			}
+		w.eventually(func() bool {
 			s, err = w.guest.State(w.ctx, jobName)
 			must(t, err)
-		}
+			return s.Instances[0].Settings["archive_command"] == "/bin/true"
+		})
 		w.policy.ExistingArchiveCommand = "replace"
 		s = w.apply(j)
 		if s.RunnerSHA256 != digest(runnerBinary) || s.Instances[0].Settings["archive_command"] != ours {
@@ -124,6 +123,35 @@ func TestApply_life(t *testing.T) {
 		}
 		w.policy.ExistingArchiveCommand = "fail"
 		must(t, os.Remove(changed))
+	})
+	t.Run("pgark check, as the owner of the instance", func(t *testing.T) {
+		check := func() (out []byte, ok bool) {
+			cmd := c.Command("psql")
+			cmd.Path, cmd.Args = w.layout.BinaryLink(), []string{"pgark", "check", "--job", jobName, "--json"}
+			out, err := cmd.Output()
+			return out, err == nil
+		}
+		var document struct {
+			OK     bool          `json:"ok"`
+			Checks []guest.Check `json:"checks"`
+			Proofs []guest.Proof `json:"proofs"`
+		}
+		out, ok := check()
+		must(t, json.Unmarshal(out, &document))
+		if !ok || !document.OK || len(document.Proofs) != 1 || len(document.Checks) != 15 || document.Proofs[0].Segment == "" {
+			t.Errorf("found %t, %s", ok, out)
+		}
+		c.Exec("alter system set archive_command = '/bin/false'")
+		c.Exec("select pg_reload_conf()")
+		w.eventually(func() bool { return c.Scalar("show archive_command") == "/bin/false" })
+		out, ok = check()
+		must(t, json.Unmarshal(out, &document))
+		if ok || document.OK || len(document.Proofs) != 0 {
+			t.Errorf("found %t, %s", ok, out)
+		}
+		c.Exec("alter system set archive_command = '" + ours + "'")
+		c.Exec("select pg_reload_conf()")
+		w.eventually(func() bool { return c.Scalar("show archive_command") == ours })
 	})
 	t.Run("a killed runner comes back by itself", func(t *testing.T) {
 		pid := w.status(c).PID

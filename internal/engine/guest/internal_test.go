@@ -93,7 +93,7 @@ func TestNameClusters(t *testing.T) {
 }
 
 func TestUnitText(t *testing.T) {
-	j := &job.Job{Repository: job.Repository{URL: "file:///srv/back up/100%"}}
+	j := &job.Job{Repository: job.Repository{URL: "file:///srv/back%20up/100%25"}}
 	j.WAL.TempFolder = "/var/spool/wal"
 	u := &unit{g: &local{}, job: "orders", instance: "15-main", owner: account{name: "postgres", uid: 101}}
 	golden := filepath.Join("testdata", "unit.golden")

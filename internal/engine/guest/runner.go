@@ -89,17 +89,28 @@ func (g *local) runnerState(ctx context.Context, name, instance string) (string,
 	return runnerMissing, nil
 }
 
+// change is what Apply found to be different about a job's documents.
+type change int
+
+const (
+	changedNothing change = iota
+	changedDocuments
+	changedCredentials
+)
+
 // ensureRunner makes the instance's runner run, with the binary and the documents that are in place now: it starts one
 // that does not run or that is another binary, and has one that runs already read its documents again.
-func (g *local) ensureRunner(ctx context.Context, j *job.Job, i job.Instance, owner account, documentsChanged bool) error {
+func (g *local) ensureRunner(ctx context.Context, j *job.Job, i job.Instance, owner account, what change) error {
 	r := g.runner(j.Name, i.Name, owner)
 	fail := func(err error) error { return &RunnerError{Instance: i.Name, Log: r.log(ctx), Err: err} }
 	changed, err := r.install(ctx)
 	if err != nil {
 		return fail(err)
 	}
+	// systemd hands credentials over when it starts a runner, and not again.
+	changed = changed || what == changedCredentials && g.withSystemd()
 	if s, err := g.status(ctx, j.Name, i.Name); err == nil && !changed && g.isCurrent(s.PID) {
-		if !documentsChanged {
+		if what == changedNothing {
 			return nil
 		}
 		if err := control.Reload(ctx, g.layout.Socket(j.Name, i.Name)); err == nil {

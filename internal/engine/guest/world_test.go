@@ -228,23 +228,29 @@ func (w *world) series(c *pgtest.Cluster) *repository.Series {
 // waitForWAL waits until a segment is in the repository.
 func (w *world) waitForWAL(c *pgtest.Cluster, segment postgres.SegmentName) {
 	w.t.Helper()
-	for series := w.series(c); ; {
+	series := w.series(c)
+	w.eventually(func() bool {
 		_, err := series.StatWAL(w.ctx, string(segment))
-		if err == nil {
-			return
-		}
-		if !errors.Is(err, objectstore.ErrNotExist) {
+		if err != nil && !errors.Is(err, objectstore.ErrNotExist) {
 			w.t.Fatal(err)
 		}
-		select {
-		case <-w.ctx.Done():
-			w.t.Fatalf("segment %s: %v", segment, context.Cause(w.ctx))
-		case <-time.After(20 * time.Millisecond):
-		}
-	}
+		return err == nil
+	})
 }
 
 // contextWithSeconds bounds one call that is expected to wait in vain.
 func contextWithSeconds(w *world, seconds int) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(w.ctx, time.Duration(seconds)*time.Second)
+}
+
+// eventually waits until something is so; the world's time bounds it.
+func (w *world) eventually(so func() bool) {
+	w.t.Helper()
+	for !so() {
+		select {
+		case <-w.ctx.Done():
+			w.t.Fatal(context.Cause(w.ctx))
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
 }
