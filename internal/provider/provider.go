@@ -12,8 +12,11 @@
 //
 // Terraform starts a provider process for the plan and another for the apply. Each has its own providerData: where the
 // repositories of this configuration are (filled by pgark_repository, used by all that name a repository by its URL), how
-// its hosts are reached, and the prerequisite checks already made. ModifyPlan runs in both, in order of dependency, for
-// unchanged resources too, so both processes come to the same answers.
+// its hosts are reached, and the prerequisite checks already made.
+//
+// Both processes plan every change, and have to come to the same answer. But the process of an apply hears of what
+// changes only: a repository that stays as it is is not even planned there. So nothing that a plan decides may rest on
+// such a resource alone; backupJobResource.planRepository says how that is kept.
 package provider
 
 import (
