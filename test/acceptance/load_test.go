@@ -51,7 +51,7 @@ func TestImageUnderLoad(t *testing.T) {
 func (w *world) ddl(ctx context.Context) {
 	c := w.cluster.Conn(w.ctx)
 	defer c.Close(context.Background())
-	for i := 0; ctx.Err() == nil; i++ {
+	for i := 3; ctx.Err() == nil; i++ {
 		for _, sql := range []string{
 			fmt.Sprintf("CREATE TABLE t%d AS SELECT i, md5(i::text) FROM generate_series(1, 5000) i", i),
 			fmt.Sprintf("CREATE INDEX ON t%d (md5)", i),
@@ -62,9 +62,9 @@ func (w *world) ddl(ctx context.Context) {
 			fmt.Sprintf("TRUNCATE t%d", i),
 			fmt.Sprintf("INSERT INTO t%d SELECT i, md5(i::text) FROM generate_series(1, 2000) i", i),
 			fmt.Sprintf("VACUUM FULL t%d", i),
-			fmt.Sprintf("DROP TABLE IF EXISTS t%d", i-3),
-			fmt.Sprintf("DROP TABLE IF EXISTS u%d", i-1),
-			fmt.Sprintf("DROP DATABASE IF EXISTS d%d", i-2),
+			fmt.Sprintf("DROP TABLE IF EXISTS t%d", max(0, i-3)),
+			fmt.Sprintf("DROP TABLE IF EXISTS u%d", max(0, i-1)),
+			fmt.Sprintf("DROP DATABASE IF EXISTS d%d", max(0, i-2)),
 			"VACUUM pgbench_branches, pgbench_tellers",
 		} {
 			if ctx.Err() != nil {

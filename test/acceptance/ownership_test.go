@@ -13,6 +13,7 @@ import (
 	"github.com/pgark/terraform-provider-pgark/internal/engine/guest"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/objectstore"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/postgres"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/repository"
 	"github.com/pgark/terraform-provider-pgark/test/pgtest"
 )
@@ -117,18 +118,19 @@ func TestClusterInitialisedAnew(t *testing.T) {
 	w.flush()
 	w.cluster.Stop(pgtest.Fast)
 
-	// The same cluster name, the same place, another system identifier.
-	renewed := pgtest.Start(t, pgtest.Options{Settings: map[string]string{"cluster_name": "test/" + w.name, "archive_mode": "on", "wal_keep_size": "1GB"}})
-	w.must(os.RemoveAll(w.cluster.DataDir))
-	old := w.cluster
-	w.cluster = renewed
-	j := w.job()
-	j.Instances.Include = []string{w.instance}
-	_, err := w.guest.Apply(w.ctx, guest.Deployment{Job: j, Credentials: w.location.Credentials, Runner: runnerBinary,
-		Settings: guest.SettingsPolicy{Manage: true, Restart: "never", ExistingArchiveCommand: "fail"}})
+	// A new cluster in the same place.
+	old := w.cluster.SystemID
+	fresh := pgtest.Start(t, pgtest.Options{Major: w.cluster.Major, NoStart: true})
+	conf, err := os.ReadFile(filepath.Join(w.cluster.DataDir, "postgresql.conf"))
 	w.must(err)
-	renewed.Exec("CREATE TABLE numbered (n int PRIMARY KEY, at timestamptz, body text)")
-	renewed.Exec("INSERT INTO numbered SELECT i, now(), repeat(md5(i::text), 20) FROM generate_series(1, 7) i")
+	w.must(os.RemoveAll(w.cluster.DataDir))
+	w.must(exec.Command("cp", "-a", fresh.DataDir, w.cluster.DataDir).Run())
+	w.must(os.WriteFile(filepath.Join(w.cluster.DataDir, "postgresql.conf"), conf, 0o600))
+	w.cluster.SystemID = fresh.SystemID
+	w.cluster.Start()
+	w.deploy()
+	w.cluster.Exec("CREATE TABLE numbered (n int PRIMARY KEY, at timestamptz, body text)")
+	w.cluster.Exec("INSERT INTO numbered SELECT i, now(), repeat(md5(i::text), 20) FROM generate_series(1, 7) i")
 	w.takeImage()
 	w.flush()
 
@@ -137,10 +139,10 @@ func TestClusterInitialisedAnew(t *testing.T) {
 		t.Fatalf("expected two series, found %d", len(l.Series))
 	}
 	for _, s := range []struct {
-		cluster *pgtest.Cluster
-		rows    int
-	}{{old, 100}, {renewed, 7}} {
-		id := jobName + "/" + w.instance + "/" + s.cluster.SystemID.String()
+		id   postgres.SystemID
+		rows int
+	}{{old, 100}, {fresh.SystemID, 7}} {
+		id := jobName + "/" + w.instance + "/" + s.id.String()
 		r := w.restoreSeries(id, "--latest")
 		mustHold(w, r.conn(), "restored from "+id, s.rows)
 	}

@@ -140,7 +140,7 @@
 //	abort     ends one's own session
 //	evict     ends a session whose owner is believed dead
 //	expire    takes images out of the live set
-//	floor     raises the WAL floor of a timeline, not above the start of a live image, or one being restored, on it
+//	floor     raises the WAL floor of a timeline, not above the start of an image being restored on it
 //
 // A session writes objects under its own sid only. Its maps may refer to its own objects and to those that its parent's
 // refs name, whatever else lies in the repository. Packs and maps, then the manifest, then the refs are durable before
@@ -160,7 +160,9 @@
 // commit, and what it uploads is garbage. Tests explore the interleavings of these steps exhaustively.
 //
 // The WAL floor rises before WAL below it is deleted, and commit refuses an image that starts below: so no image becomes
-// live without the WAL that makes it consistent.
+// live without the WAL that makes it consistent. A live image that starts below the floor keeps the segments from its
+// start to its stop, and is a restore point without a window. Which WAL may be deleted is stable, too: below the floor
+// live images only become fewer.
 //
 // # What can be rebuilt from what
 //

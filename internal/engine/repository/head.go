@@ -207,20 +207,15 @@ func (h *Head) expire(sids ...SID) *Head {
 	return n
 }
 
-// raiseFloor allows WAL up to lsn to be deleted. The floor rises before anything is deleted, and commit refuses images
-// that begin below it: so an image that becomes live has its WAL, however late its commit comes.
+// raiseFloor allows WAL up to lsn to be deleted, but for what makes a live image consistent (needsWAL). The floor rises
+// before anything is deleted, and commit refuses images that begin below it: so an image that becomes live has its WAL,
+// however late its commit comes, and below the floor live images only ever become fewer.
 func (h *Head) raiseFloor(id SeriesID, t postgres.Timeline, lsn postgres.LSN) (*Head, error) {
 	if t == 0 {
 		return nil, fmt.Errorf("WAL floor of %s: found timeline 0", id)
 	}
 	if lsn <= h.Floor(t) {
 		return nil, nil
-	}
-	for i := range h.Images {
-		if image := &h.Images[i]; image.Timeline == t && image.StartLSN < lsn {
-			return nil, &FloorError{Series: id, Timeline: t, Wanted: lsn, Limit: image.StartLSN,
-				Reason: fmt.Sprintf("image %s needs WAL from there on", image.SID)}
-		}
 	}
 	for i := range h.Sessions {
 		// A restore may still need the WAL of an image that has expired since.
@@ -232,6 +227,22 @@ func (h *Head) raiseFloor(id SeriesID, t postgres.Timeline, lsn postgres.LSN) (*
 	n := h.next()
 	n.WALFloor[t.String()] = lsn
 	return n, nil
+}
+
+// needsWAL says who needs a segment of a timeline although it may lie below the floor: a live image that it makes
+// consistent, or a restore that began from such an image, which may have expired since; "" if nobody does.
+func (h *Head) needsWAL(t postgres.Timeline, number uint64, size postgres.SegmentSize) string {
+	for i := range h.Images {
+		if image := &h.Images[i]; image.Timeline == t && size.Number(image.StartLSN) <= number && number <= size.NumberBefore(image.StopLSN) {
+			return "image " + image.SID.String()
+		}
+	}
+	for i := range h.Sessions {
+		if s := &h.Sessions[i]; s.Kind == SessionRestore && s.ParentTimeline == t && size.Number(s.ParentStart) <= number {
+			return "restore session " + s.SID.String() + " on " + s.Host
+		}
+	}
+	return ""
 }
 
 // check refuses a head that no sequence of transitions could have made.

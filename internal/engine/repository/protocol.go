@@ -322,8 +322,9 @@ func (s *Series) Expire(ctx context.Context, sids ...SID) error {
 	return err
 }
 
-// RaiseWALFloor allows the deletion of WAL that ends at or below lsn on timeline. It never lowers a floor, and refuses
-// with a *FloorError to rise above the start of a live image, or of one that a restore session reads, on that timeline.
+// RaiseWALFloor allows the deletion of WAL that ends at or below lsn on timeline, but for the segments that make a live
+// image consistent. It never lowers a floor, and refuses with a *FloorError to rise above the start of an image that a
+// restore session reads on that timeline.
 func (s *Series) RaiseWALFloor(ctx context.Context, t postgres.Timeline, lsn postgres.LSN) error {
 	err := s.step(ctx, Change{Op: "floor"}, func(h *Head) (*Head, []SID, error) {
 		next, err := h.raiseFloor(s.id, t, lsn)

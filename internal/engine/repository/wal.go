@@ -463,8 +463,8 @@ func (s *Series) timelines(ctx context.Context, want func(history bool) bool) ([
 	}
 }
 
-// DeleteWAL removes WAL objects that end at or below the head's floor; others are refused with a *FloorError, and then
-// none is removed. History files are kept for ever: they are small, and every later timeline needs them.
+// DeleteWAL removes WAL objects that end at or below the head's floor and make no live image consistent; others are
+// refused with a *FloorError, and then none is removed. History files are kept for ever: they are small, and every later timeline needs them.
 func (s *Series) DeleteWAL(ctx context.Context, segmentSize postgres.SegmentSize, names ...string) error {
 	if len(names) == 0 {
 		return nil
@@ -495,6 +495,10 @@ func (s *Series) DeleteWAL(ctx context.Context, segmentSize postgres.SegmentSize
 		case f.Segment.End(segmentSize) > floor:
 			return &FloorError{Series: s.id, Timeline: f.Timeline, Wanted: f.Segment.End(segmentSize), Limit: floor,
 				Reason: "WAL floor; raise it before " + name + " is deleted"}
+		}
+		if who := h.needsWAL(f.Timeline, f.Segment.Number(segmentSize), segmentSize); who != "" {
+			return &FloorError{Series: s.id, Timeline: f.Timeline, Wanted: f.Segment.End(segmentSize), Limit: f.Segment.Start(segmentSize),
+				Reason: who + " needs " + name}
 		}
 		keys = append(keys, key)
 	}

@@ -224,6 +224,9 @@ func TestRun_walKeepDays(t *testing.T) {
 		s.mustRestore(sid)
 	}
 	names := s.names(1)
+	if names[0] != "000000010000000000000002" || names[2] != "00000001000000000000000C" {
+		t.Errorf("left: %q …, expected the first image's 2 and 3, and what follows the second", names[:4])
+	}
 	for n := uint64(12); n <= 45; n++ { // from the image before the window on
 		if name := string(postgres.MakeSegmentName(1, n, segment)); !slices.Contains(names, name) {
 			t.Errorf("%s is gone", name)
