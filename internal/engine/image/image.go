@@ -186,6 +186,10 @@ func (t *taking) run(ctx context.Context) (err error) {
 		}
 	}()
 	inventory, stop, err := t.capture(ctx, conn)
+	if postgres.IsNotRunning(err) {
+		// The server did answer: a file that is missing must not be taken for that.
+		return errors.New(err.Error())
+	}
 	if err != nil {
 		return err
 	}
