@@ -12,7 +12,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
@@ -230,7 +229,7 @@ func (a *application) handOver() error {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil
 		}
-		if err != nil || info.Sys().(*syscall.Stat_t).Uid != 0 || info.Mode()&fs.ModeSymlink != 0 {
+		if err != nil || status(info).Uid != 0 || info.Mode()&fs.ModeSymlink != 0 {
 			return err
 		}
 		return os.Lchown(path, owner.uid, owner.gid)
@@ -266,8 +265,7 @@ func (a *application) installBinary(context.Context) error {
 	if err := makeParents(filepath.Dir(link)); err != nil {
 		return err
 	}
-	_, err := switchLink(link, binary)
-	return err
+	return switchLink(link, binary)
 }
 
 // removeOldBinaries removes binaries that the link does not lead to and that nobody runs: the runners of other jobs may

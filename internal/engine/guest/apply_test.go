@@ -247,11 +247,20 @@ func (w *world) waitForRunner(c *pgtest.Cluster, not int) *control.Status {
 	}
 }
 
+func uidOf(t *testing.T, info os.FileInfo) int {
+	t.Helper()
+	st, ok := info.Sys().(*syscall.Stat_t)
+	if !ok {
+		t.Fatalf("stat of %s: found a %T", info.Name(), info.Sys())
+	}
+	return int(st.Uid)
+}
+
 func processOwner(t *testing.T, pid int) string {
 	t.Helper()
 	info, err := os.Stat(fmt.Sprintf("/proc/%d", pid))
 	must(t, err)
-	u, err := user.LookupId(strconv.Itoa(int(info.Sys().(*syscall.Stat_t).Uid)))
+	u, err := user.LookupId(strconv.Itoa(uidOf(t, info)))
 	must(t, err)
 	return u.Username
 }
@@ -454,7 +463,7 @@ func TestApply_credentials(t *testing.T) {
 	info, err := os.Stat(file)
 	must(t, err)
 	_, uid, _ := pgtest.Owner(t)
-	if found := info.Sys().(*syscall.Stat_t).Uid; !s.HasCredentials || info.Mode().Perm() != 0o600 || int(found) != uid {
+	if found := uidOf(t, info); !s.HasCredentials || info.Mode().Perm() != 0o600 || found != uid {
 		t.Errorf("credentials: found %v, mode %o, owner %d, expected mode 600, owner %d", s.HasCredentials, info.Mode().Perm(), found, uid)
 	}
 	if b := s.Job.Encode(); strings.Contains(string(b), "hush") {

@@ -67,7 +67,7 @@ func (b *background) start(ctx context.Context) error {
 	}
 	var cmd *exec.Cmd
 	for try := 0; ; try++ {
-		cmd = b.command(log)
+		cmd = b.command(ctx, log)
 		err := cmd.Start()
 		if err == nil {
 			break
@@ -90,8 +90,9 @@ func (b *background) start(ctx context.Context) error {
 	return nil
 }
 
-func (b *background) command(log *os.File) *exec.Cmd {
-	cmd := exec.Command(b.layout.BinaryLink(), "run", "--job", b.job, "--instance", b.instance, "--supervise")
+func (b *background) command(ctx context.Context, log *os.File) *exec.Cmd {
+	// It goes on when the call that started it has ended.
+	cmd := exec.CommandContext(context.WithoutCancel(ctx), b.layout.BinaryLink(), "run", "--job", b.job, "--instance", b.instance, "--supervise")
 	// A new session: a Ctrl-C that ends Terraform must not end it.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	runAs(cmd, b.owner)

@@ -13,7 +13,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
@@ -364,7 +363,7 @@ func (e *examination) directoryUsable() error {
 		if blocked, err := o.mayReach(dir); err == nil && blocked != "" {
 			return &directoryError{fmt.Sprintf("%s may not pass %s on the way to %s", o, blocked, dir), "sudo chmod o+x " + blocked}
 		}
-		if info.Sys().(*syscall.Stat_t).Uid != 0 && !o.may(info, mayRead|mayWrite|mayExecute) {
+		if status(info).Uid != 0 && !o.may(info, mayRead|mayWrite|mayExecute) {
 			return &directoryError{
 				fmt.Sprintf("%s belongs to %s with mode %04o; %s may not write to it", dir, ownerOf(info), info.Mode().Perm(), o),
 				fmt.Sprintf("sudo chown -R %s %s", o, dir),

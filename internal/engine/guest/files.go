@@ -39,8 +39,9 @@ func lookupAccount(name string) (account, error) {
 		if numeric != nil {
 			return account{}, fmt.Errorf("operating system user %q: %w", name, err)
 		}
-		if u, err = user.LookupId(name); err != nil {
-			return account{uid: uid, gid: uid, groups: []int{uid}}, nil
+		var nameless error
+		if u, nameless = user.LookupId(name); nameless != nil {
+			return account{uid: uid, gid: uid, groups: []int{uid}}, nil //nolint:nilerr // no name is no error
 		}
 	}
 	a := account{name: u.Username}
@@ -61,9 +62,18 @@ func lookupAccount(name string) (account, error) {
 	return a, nil
 }
 
+// status is what stat(2) says of a file. Only file systems that are not the machine's give something else.
+func status(info fs.FileInfo) *syscall.Stat_t {
+	st, ok := info.Sys().(*syscall.Stat_t)
+	if !ok {
+		panic(fmt.Sprintf("guest: internal error: stat of %s is a %T", info.Name(), info.Sys()))
+	}
+	return st
+}
+
 // ownerOf is the name of a file's owner, or its number where it has no name.
 func ownerOf(info fs.FileInfo) string {
-	uid := strconv.Itoa(int(info.Sys().(*syscall.Stat_t).Uid))
+	uid := strconv.Itoa(int(status(info).Uid))
 	if u, err := user.LookupId(uid); err == nil {
 		return u.Username
 	}
@@ -83,7 +93,7 @@ func (a account) may(info fs.FileInfo, wanted fs.FileMode) bool {
 	if a.uid == 0 {
 		return true
 	}
-	st := info.Sys().(*syscall.Stat_t)
+	st := status(info)
 	mode := info.Mode().Perm()
 	switch {
 	case int(st.Uid) == a.uid:
@@ -161,7 +171,7 @@ func writeFile(path string, content []byte, mode fs.FileMode, owner account) (ch
 
 func sameFile(path string, content []byte, mode fs.FileMode, owner account) bool {
 	info, err := os.Lstat(path)
-	if err != nil || info.Mode() != mode || int(info.Sys().(*syscall.Stat_t).Uid) != owner.uid || info.Size() != int64(len(content)) {
+	if err != nil || info.Mode() != mode || int(status(info).Uid) != owner.uid || info.Size() != int64(len(content)) {
 		return false
 	}
 	there, err := os.ReadFile(path)
@@ -169,23 +179,23 @@ func sameFile(path string, content []byte, mode fs.FileMode, owner account) bool
 }
 
 // switchLink makes the symbolic link point at target, durably and at once.
-func switchLink(link, target string) (changed bool, err error) {
+func switchLink(link, target string) error {
 	if there, err := os.Readlink(link); err == nil && there == target {
-		return false, nil
+		return nil
 	}
 	if info, err := os.Lstat(link); err == nil && info.Mode()&fs.ModeSymlink == 0 {
-		return false, fmt.Errorf("%s: found a file that is not ours, expected a symbolic link", link)
+		return fmt.Errorf("%s: found a file that is not ours, expected a symbolic link", link)
 	}
 	temp := fmt.Sprintf("%s.%d.new", link, os.Getpid())
 	_ = os.Remove(temp) // left by a process of that number
 	if err := os.Symlink(target, temp); err != nil {
-		return false, err
+		return err
 	}
 	if err := os.Rename(temp, link); err != nil {
 		_ = os.Remove(temp)
-		return false, err
+		return err
 	}
-	return true, syncDirectory(filepath.Dir(link))
+	return syncDirectory(filepath.Dir(link))
 }
 
 // makeDirectory makes path with mode and owner. Directories above it that are missing are made for everybody to pass.
@@ -203,7 +213,7 @@ func makeDirectory(path string, mode fs.FileMode, owner account) error {
 	if !info.IsDir() {
 		return fmt.Errorf("%s: found no directory", path)
 	}
-	if int(info.Sys().(*syscall.Stat_t).Uid) != owner.uid {
+	if int(status(info).Uid) != owner.uid {
 		if err := chown(path, owner); err != nil {
 			return err
 		}

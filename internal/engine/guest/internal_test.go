@@ -143,7 +143,7 @@ func TestSwitchLink(t *testing.T) {
 	dir := t.TempDir()
 	link := filepath.Join(dir, "link")
 	for _, target := range []string{"a", "a", "b"} {
-		if _, err := switchLink(link, target); err != nil {
+		if err := switchLink(link, target); err != nil {
 			t.Fatal(err)
 		}
 		if found, err := os.Readlink(link); err != nil || found != target {
@@ -156,7 +156,7 @@ func TestSwitchLink(t *testing.T) {
 	if err := os.WriteFile(link, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := switchLink(link, "a"); err == nil || !strings.Contains(err.Error(), "expected a symbolic link") {
+	if err := switchLink(link, "a"); err == nil || !strings.Contains(err.Error(), "expected a symbolic link") {
 		t.Errorf("found %v", err)
 	}
 }

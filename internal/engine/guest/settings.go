@@ -285,7 +285,7 @@ func editAutoConf(dataDirectory string, lines []confLine, change map[string]*str
 		content = setConf(lines, setting, value)
 		lines = parseConf(content)
 	}
-	st := info.Sys().(*syscall.Stat_t)
+	st := status(info)
 	owner := account{uid: int(st.Uid), gid: int(st.Gid)}
 	if _, err := writeFile(path, []byte(content), info.Mode().Perm(), owner); err != nil {
 		return err

@@ -106,7 +106,7 @@ func (g *local) instanceState(ctx context.Context, name, instance string, i job.
 	control, err := postgres.ReadControl(i.DataDirectory)
 	if err != nil {
 		s.Problem = err.Error()
-		return s, nil
+		return s, nil //nolint:nilerr // see above
 	}
 	s.SystemID = control.SystemID
 

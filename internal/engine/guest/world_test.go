@@ -35,7 +35,7 @@ func TestMain(m *testing.M) {
 		panic(err)
 	}
 	binary := filepath.Join(dir, "pgark")
-	out, err := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w -buildid=", "-o", binary,
+	out, err := exec.CommandContext(context.Background(), "go", "build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w -buildid=", "-o", binary,
 		"github.com/pgark/terraform-provider-pgark/runner").CombinedOutput()
 	if err == nil {
 		runnerBinary, err = os.ReadFile(binary)

@@ -228,7 +228,7 @@ func (j *Job) Location(c *objectstore.Credentials) objectstore.Location {
 // Match reports whether the selection picks the instance of that name. A pattern that is malformed picks nothing;
 // Validate reports it.
 func (s Selection) Match(name string) bool {
-	any := func(patterns []string) bool {
+	matches := func(patterns []string) bool {
 		for _, p := range patterns {
 			if ok, err := path.Match(p, name); err == nil && ok {
 				return true
@@ -236,5 +236,5 @@ func (s Selection) Match(name string) bool {
 		}
 		return false
 	}
-	return any(s.Include) && !any(s.Exclude)
+	return matches(s.Include) && !matches(s.Exclude)
 }
