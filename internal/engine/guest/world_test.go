@@ -42,11 +42,11 @@ func TestMain(m *testing.M) {
 		// What follows an ELF file's sections changes its digest and nothing else.
 		otherBinary = append(slices.Clone(runnerBinary), "another build"...)
 	}
+	_ = os.RemoveAll(dir)
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "build the runner: %v\n%s", err, out)
 		os.Exit(1)
 	}
-	_ = os.RemoveAll(dir)
 	os.Exit(m.Run())
 }
 
