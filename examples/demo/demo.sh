@@ -156,7 +156,7 @@ took
 
 chapter "Restore to the noted moment, beside the wrecked one" \
   "pgark picks the image, fetches it and the WAL after it, starts a server and waits until it has reached the moment."
-segment_safe() { "$pgark" status --job demo --instance "$instance" --json | grep -q '"ready": *0\b'; }
+segment_safe() { "$pgark" status --job demo --instance "$instance" --json | grep -q '"pending": 0'; }
 until_true 30 segment_safe || true
 show "pgark restore --job demo --instance $instance --target-time $moment --data-directory … --port $restored_port --start"
 "$pgark" restore --job demo --instance "$instance" --target-time "$moment" \

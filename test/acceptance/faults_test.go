@@ -46,7 +46,7 @@ func TestKilledRunner(t *testing.T) {
 	w := newWorld(t, worldOptions{cluster: pgtest.Options{Settings: map[string]string{"track_commit_timestamp": "on"}}})
 	w.cluster.Exec(numberedTable)
 	w.cluster.Run("pgbench", "-i", "-q", "-s", "3", "postgres")
-	stop := w.load(150 * time.Millisecond)
+	stop := w.load(400 * time.Millisecond)
 	var images int
 	for range scaled(50) {
 		w.eventually("the runner answers", time.Minute, func() bool { _, err := w.status(); return err == nil })
