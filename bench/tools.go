@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -71,7 +72,7 @@ func (w *world) newPgark() (*pgark, error) {
 	if _, _, err := repository.Create(w.ctx, store, nil); err != nil {
 		return nil, err
 	}
-	daemon := exec.Command(p.binary, "run", "--job", "bench", "--instance", p.instance)
+	daemon := exec.CommandContext(context.WithoutCancel(w.ctx), p.binary, "run", "--job", "bench", "--instance", p.instance)
 	daemon.Env = append(os.Environ(), p.env...)
 	daemon.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: w.uid, Gid: w.gid}}
 	logFile, err := os.Create(filepath.Join(w.dir, "pgark.log"))
@@ -104,7 +105,7 @@ func (w *world) newPgark() (*pgark, error) {
 func (p *pgark) name() string { return "pgark" }
 
 func (p *pgark) version() string {
-	cmd := exec.Command(p.binary, "version")
+	cmd := exec.CommandContext(p.w.ctx, p.binary, "version")
 	out, err := cmd.Output()
 	if err != nil {
 		return "?"
@@ -203,7 +204,7 @@ pg1-user=postgres
 func (p *pgBackRest) name() string { return "pgBackRest" }
 
 func (p *pgBackRest) version() string {
-	out, err := exec.Command("chroot", p.w.peerRoot, "pgbackrest", "version").Output()
+	out, err := exec.CommandContext(p.w.ctx, "chroot", p.w.peerRoot, "pgbackrest", "version").Output()
 	if err != nil {
 		return "?"
 	}

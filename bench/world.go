@@ -84,7 +84,12 @@ func newWorld(ctx context.Context, mib int, peerRoot string) (_ *world, err erro
 			return nil, err
 		}
 	}
-	w.port, w.s3Port = freePort(), freePort()
+	if w.port, err = freePort(ctx); err != nil {
+		return nil, err
+	}
+	if w.s3Port, err = freePort(ctx); err != nil {
+		return nil, err
+	}
 	if err := w.startS3(); err != nil {
 		return nil, err
 	}
@@ -106,13 +111,17 @@ func (w *world) emptyDir(name string) (string, error) {
 	return dir, errors.Join(os.RemoveAll(dir), os.Mkdir(dir, 0o700), os.Chown(dir, int(w.uid), int(w.gid)))
 }
 
-func freePort() int {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+// freePort finds a port that nothing listens on.
+func freePort(ctx context.Context) (int, error) {
+	l, err := new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
 	if err != nil {
-		panic(err) // a machine without loopback cannot measure anything
+		return 0, err
 	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
+	_, port, err := net.SplitHostPort(l.Addr().String())
+	if err := errors.Join(err, l.Close()); err != nil {
+		return 0, err
+	}
+	return strconv.Atoi(port)
 }
 
 // certificate writes a self-signed one for localhost: pgBackRest speaks S3 over TLS only.
@@ -146,7 +155,7 @@ func (w *world) startS3() error {
 	b := make([]byte, 16)
 	_, _ = rand.Read(b)
 	w.secret = hex.EncodeToString(b)
-	cmd := exec.Command(".tools/bin/versitygw", "--port", fmt.Sprintf("127.0.0.1:%d", w.s3Port), "--region", "us-east-1",
+	cmd := exec.CommandContext(context.WithoutCancel(w.ctx), ".tools/bin/versitygw", "--port", fmt.Sprintf("127.0.0.1:%d", w.s3Port), "--region", "us-east-1",
 		"--cert", w.certFile(), "--key", filepath.Join(w.dir, "s3.key"), "--keep-alive", "--quiet",
 		"posix", "--data-integrity-etag", filepath.Join(w.dir, "s3"))
 	cmd.Env = append(os.Environ(), "ROOT_ACCESS_KEY_ID=bench", "ROOT_SECRET_ACCESS_KEY="+w.secret)
@@ -155,7 +164,7 @@ func (w *world) startS3() error {
 	}
 	w.outside = append(w.outside, cmd)
 	for range 100 {
-		if c, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", w.s3Port)); err == nil {
+		if c, err := new(net.Dialer).DialContext(w.ctx, "tcp", fmt.Sprintf("127.0.0.1:%d", w.s3Port)); err == nil {
 			return c.Close()
 		}
 		time.Sleep(100 * time.Millisecond)
@@ -175,7 +184,7 @@ func (w *world) startPostgres() error {
 	if err := conf.Close(); err != nil {
 		return err
 	}
-	cmd := exec.Command(filepath.Join(w.bin, "postgres"), "-D", w.data)
+	cmd := exec.CommandContext(context.WithoutCancel(w.ctx), filepath.Join(w.bin, "postgres"), "-D", w.data)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: w.uid, Gid: w.gid}}
 	logFile, err := os.Create(filepath.Join(w.dir, "postgres.log"))
 	if err != nil {
@@ -239,8 +248,7 @@ func writeDocument(b *bufio.Writer, rng *mathrand.Rand, id int) {
 	for range 60 {
 		// A Zipf-like choice over a vocabulary, as in prose.
 		word := int(float64(len(vocabulary)) * rng.Float64() * rng.Float64() * rng.Float64())
-		b.WriteString(vocabulary[word])
-		b.WriteByte(' ')
+		fmt.Fprintf(b, "%s ", vocabulary[word])
 	}
 	fmt.Fprintf(b, "\t{\"customer\": %d, \"status\": \"%s\", \"trace\": \"%016x%016x\", \"amount\": %d.%02d, \"tags\": [\"%s\", \"%s\"]}\n",
 		rng.Uint32N(1e6), []string{"open", "paid", "shipped", "returned"}[rng.IntN(4)], rng.Uint64(), rng.Uint64(), rng.IntN(1e4), rng.IntN(100),

@@ -64,7 +64,7 @@ func TestDivergedClone(t *testing.T) {
 
 	// The clone, stopped in the same state, is protected while the original is down: both are "15-shared".
 	dir := filepath.Join(pgtest.Dir(t), "clone")
-	w.must(exec.Command("cp", "-a", w.cluster.DataDir, dir).Run())
+	w.must(exec.CommandContext(w.ctx, "cp", "-a", w.cluster.DataDir, dir).Run())
 	// It must not ship through the original's runner before it has one of its own.
 	w.must(os.WriteFile(filepath.Join(dir, "postgresql.auto.conf"), nil, 0o600))
 	clone := pgtest.Start(t, pgtest.Options{DataDir: dir})
@@ -124,7 +124,7 @@ func TestClusterInitialisedAnew(t *testing.T) {
 	conf, err := os.ReadFile(filepath.Join(w.cluster.DataDir, "postgresql.conf"))
 	w.must(err)
 	w.must(os.RemoveAll(w.cluster.DataDir))
-	w.must(exec.Command("cp", "-a", fresh.DataDir, w.cluster.DataDir).Run())
+	w.must(exec.CommandContext(w.ctx, "cp", "-a", fresh.DataDir, w.cluster.DataDir).Run())
 	w.must(os.WriteFile(filepath.Join(w.cluster.DataDir, "postgresql.conf"), conf, 0o600))
 	w.cluster.SystemID = fresh.SystemID
 	w.cluster.Start()

@@ -51,7 +51,7 @@ func buildAndRun(m *testing.M) (int, error) {
 		return 1, err
 	}
 	defer os.RemoveAll(dir)
-	build := exec.Command("go", "build", "-trimpath", "-o", filepath.Join(dir, "pgark"), "../../runner")
+	build := exec.CommandContext(context.Background(), "go", "build", "-trimpath", "-o", filepath.Join(dir, "pgark"), "../../runner")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		return 1, fmt.Errorf("build the runner: %w\n%s", err, out)
@@ -336,9 +336,9 @@ func scalar[T any](w *world, c *pgx.Conn, sql string, args ...any) T {
 	return v
 }
 
-func (w *world) exec(c *pgx.Conn, sql string, args ...any) {
+func (w *world) exec(c *pgx.Conn, sql string) {
 	w.t.Helper()
-	if _, err := c.Exec(w.ctx, sql, args...); err != nil {
+	if _, err := c.Exec(w.ctx, sql); err != nil {
 		w.t.Fatalf("%s: %v", sql, err)
 	}
 }
