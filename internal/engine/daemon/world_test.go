@@ -313,9 +313,10 @@ func copyCluster(t testing.TB, c *pgtest.Cluster) string {
 }
 
 // eventually waits for a condition, longer than a machine busy with other tests needs.
+// eventually waits longer than PostgreSQL's archiver sleeps after three failures (PGARCH_AUTOWAKE_INTERVAL, 60 s).
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(60 * time.Second); !ok(); time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(3 * time.Minute); !ok(); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("still not so: %s", what)
 		}
