@@ -312,8 +312,7 @@ func copyCluster(t testing.TB, c *pgtest.Cluster) string {
 	return to
 }
 
-// eventually waits for a condition, longer than a machine busy with other tests needs.
-// eventually waits longer than PostgreSQL's archiver sleeps after three failures (PGARCH_AUTOWAKE_INTERVAL, 60 s).
+// eventually waits for a condition, longer than a machine busy with other tests needs, and longer than PostgreSQL's archiver sleeps after three failures (PGARCH_AUTOWAKE_INTERVAL, 60 s).
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(3 * time.Minute); !ok(); time.Sleep(20 * time.Millisecond) {
