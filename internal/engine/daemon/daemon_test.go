@@ -68,6 +68,11 @@ func TestRunner_losesNothing(t *testing.T) {
 	defer writer.Wait()
 	defer stopWriting()
 	rows := 0
+	// Under the race detector (-short) archive_command, which is this test's own binary, takes a second to start.
+	pause := 20 * time.Millisecond
+	if testing.Short() {
+		pause = 300 * time.Millisecond
+	}
 	writer.Go(func() {
 		conn := c.Conn(context.Background())
 		defer conn.Close(context.Background())
@@ -78,7 +83,7 @@ func TestRunner_losesNothing(t *testing.T) {
 				t.Errorf("PostgreSQL must not notice: %v", err)
 				return
 			}
-			time.Sleep(20 * time.Millisecond)
+			time.Sleep(pause)
 		}
 	})
 
