@@ -74,8 +74,8 @@ func run(ctx context.Context, rounds, mib, segments int, peerRoot, out string) (
 		results[op][t.name()] = append(results[op][t.name()], s)
 		log.Printf("%-28s %-11s %7.2f s  cpu %6.2f s  rss %4d MiB  stored %8.2f MiB", op, t.name(), s.wall.Seconds(), s.cpu.Seconds(), s.rss>>20, float64(s.stored)/(1<<20))
 	}
-	one := func(op string, t tool, c command) error {
-		s, err := w.measure(t, c)
+	one := func(op string, t tool, c command, resident residentPart) error {
+		s, err := w.measure(t, c, resident)
 		if err != nil {
 			return fmt.Errorf("%s of %s: %w", op, t.name(), err)
 		}
@@ -91,7 +91,7 @@ func run(ctx context.Context, rounds, mib, segments int, peerRoot, out string) (
 		}
 		log.Printf("round %d of %d", round+1, rounds)
 		for _, t := range order {
-			if err := one("full image", t, t.full()); err != nil {
+			if err := one("full image", t, t.full(), counted); err != nil {
 				return err
 			}
 		}
@@ -99,7 +99,7 @@ func run(ctx context.Context, rounds, mib, segments int, peerRoot, out string) (
 			return err
 		}
 		for _, t := range order {
-			if err := one("increment, 1 % changed", t, t.increment()); err != nil {
+			if err := one("increment, 1 % changed", t, t.increment(), counted); err != nil {
 				return err
 			}
 		}
@@ -108,7 +108,7 @@ func run(ctx context.Context, rounds, mib, segments int, peerRoot, out string) (
 			if err != nil {
 				return err
 			}
-			if err := one("full restore", t, t.restore(dir)); err != nil {
+			if err := one("full restore", t, t.restore(dir), notCounted); err != nil {
 				return err
 			}
 			if err := w.checkRestored(dir); err != nil {
@@ -123,6 +123,9 @@ func run(ctx context.Context, rounds, mib, segments int, peerRoot, out string) (
 			return err
 		}
 		for _, t := range order {
+			if err := w.signalResident(syscall.SIGSTOP); err != nil {
+				return err
+			}
 			s, err := w.measurePush(t, names)
 			if err != nil {
 				return fmt.Errorf("push of %s: %w", t.name(), err)

@@ -31,6 +31,14 @@ type command struct {
 	chroot string
 }
 
+// residentPart says whether a tool's resident process belongs to a measurement.
+type residentPart bool
+
+const (
+	counted    residentPart = true
+	notCounted residentPart = false
+)
+
 const clockTick = 100 // USER_HZ, fixed in Linux's user-space interface
 
 // becomeReaper makes orphaned descendants ours, so that daemonised children are waited for and counted.
@@ -71,14 +79,15 @@ func processes() map[int]processInfo {
 	return all
 }
 
-// usage adds up the CPU of all descendants that are not below an excluded process, and their present memory.
+// usage adds up the CPU of all descendants that are not below an excluded process, and their present memory. The
+// resident runner counts only in what it takes part in.
 func (w *world) usage() (cpu time.Duration, rss int64) {
 	all := processes()
 	self := os.Getpid()
 	below := func(pid int) bool {
 		for pid != self {
 			p, ok := all[pid]
-			if !ok || pid <= 1 || w.excluded(pid) {
+			if !ok || pid <= 1 || w.excluded(pid) || !w.residentCounts && w.isResident(pid) {
 				return false
 			}
 			pid = p.parent
@@ -128,7 +137,9 @@ func (w *world) during(t tool, fn func() error) (sample, error) {
 	return sample{wall: wall, cpu: after - before, rss: peak, stored: t.stored() - stored}, err
 }
 
-func (w *world) measure(t tool, c command) (sample, error) {
+// measure runs one command of a tool. resident says whether the tool's resident part does the work.
+func (w *world) measure(t tool, c command, resident residentPart) (sample, error) {
+	w.residentCounts = resident == counted && t.name() == "pgark"
 	return w.during(t, func() error { return w.runAsPostgres(c) })
 }
 
@@ -158,15 +169,23 @@ func tail(b []byte, n int) []byte {
 
 // measurePush plays PostgreSQL's archiver: one sh -c a segment, in order, .ready becoming .done; it ends when the last
 // one is acknowledged. Both tools may look ahead in archive_status, as they do in production.
+//
+// While the segments were written, nobody could look ahead: makeSegments hides them and has the runner stopped.
 func (w *world) measurePush(t tool, names []string) (sample, error) {
 	status := filepath.Join(w.data, "pg_wal", "archive_status")
-	for _, n := range names {
-		_ = os.Remove(filepath.Join(status, n+".done"))
-		if err := w.writeAsPostgres(filepath.Join(status, n+".ready"), nil); err != nil {
+	if t.name() == "pgark" {
+		if err := w.signalResident(syscall.SIGCONT); err != nil {
 			return sample{}, err
 		}
 	}
+	w.residentCounts = t.name() == "pgark"
 	s, err := w.during(t, func() error {
+		for _, n := range names {
+			_ = os.Remove(filepath.Join(status, n+".done"))
+			if err := w.writeAsPostgres(filepath.Join(status, n+".ready"), nil); err != nil {
+				return err
+			}
+		}
 		for _, n := range names {
 			if err := w.runAsPostgres(t.push(n)); err != nil {
 				return err

@@ -46,7 +46,8 @@ type world struct {
 	secret          string
 	conn            *pgx.Conn
 	outside         []*exec.Cmd // PostgreSQL's and S3's processes: not counted
-	resident        []*exec.Cmd // resident parts of a tool: counted
+	resident        []*exec.Cmd // resident parts of a tool: counted where they take part
+	residentCounts  bool        // in the present measurement
 	mounts          []string
 }
 
@@ -311,9 +312,13 @@ func (w *world) change(round int) error {
 	return nil
 }
 
-// makeSegments stops archiving and writes n segments: pgbench, then bulk updates.
+// makeSegments stops archiving and the runner, writes n segments (pgbench and bulk updates in turns), and hides them:
+// they are marked as archived.
 func (w *world) makeSegments(n int) ([]string, error) {
 	log.Printf("writing %d WAL segments", n)
+	if err := w.signalResident(syscall.SIGSTOP); err != nil {
+		return nil, err
+	}
 	for _, s := range []string{"ALTER SYSTEM SET archive_command = ''", "SELECT pg_reload_conf()", "SELECT pg_switch_wal()", "CHECKPOINT"} {
 		if _, err := w.conn.Exec(w.ctx, s); err != nil {
 			return nil, err
@@ -347,6 +352,11 @@ func (w *world) makeSegments(n int) ([]string, error) {
 		}
 		if len(names) >= n {
 			slices.Sort(names)
+			for _, r := range ready {
+				if err := os.Rename(r, strings.TrimSuffix(r, ".ready")+".done"); err != nil {
+					return nil, err
+				}
+			}
 			return names[:n], nil
 		}
 	}
@@ -354,6 +364,9 @@ func (w *world) makeSegments(n int) ([]string, error) {
 
 // resumeArchiving lets PostgreSQL archive by itself again, to our runner, which an image needs.
 func (w *world) resumeArchiving() error {
+	if err := w.signalResident(syscall.SIGCONT); err != nil {
+		return err
+	}
 	for _, s := range []string{"ALTER SYSTEM RESET archive_command", "SELECT pg_reload_conf()"} {
 		if _, err := w.conn.Exec(w.ctx, s); err != nil {
 			return err
@@ -410,15 +423,31 @@ func (w *world) excluded(pid int) bool {
 	return slices.ContainsFunc(w.outside, func(c *exec.Cmd) bool { return c.Process.Pid == pid })
 }
 
+func (w *world) isResident(pid int) bool {
+	return slices.ContainsFunc(w.resident, func(c *exec.Cmd) bool { return c.Process.Pid == pid })
+}
+
+// signalResident stops and continues the runner, so that it does not work ahead outside of its measurement, nor beside
+// the peer's.
+func (w *world) signalResident(s syscall.Signal) error {
+	for _, c := range w.resident {
+		if err := c.Process.Signal(s); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // known says that a process is ours and is meant to be running.
 func (w *world) known(pid int) bool {
-	return w.excluded(pid) || slices.ContainsFunc(w.resident, func(c *exec.Cmd) bool { return c.Process.Pid == pid })
+	return w.excluded(pid) || w.isResident(pid)
 }
 
 func (w *world) close() {
 	if w.conn != nil {
 		_ = w.conn.Close(context.Background())
 	}
+	_ = w.signalResident(syscall.SIGCONT)
 	for _, c := range append(w.resident, w.outside...) {
 		_ = c.Process.Signal(syscall.SIGQUIT)
 	}
