@@ -113,7 +113,9 @@ func (p *pgark) version() string {
 	return strings.TrimPrefix(strings.TrimSpace(strings.SplitN(string(out), "\n", 2)[0]), "pgark ")
 }
 
-func (p *pgark) settings() string { return "defaults, not encrypted; the resident runner is counted where it works (not in restores)" }
+func (p *pgark) settings() string {
+	return "defaults, not encrypted; the resident runner is counted where it works (not in restores)"
+}
 
 func (p *pgark) command(args ...string) command {
 	return command{argv: append([]string{p.binary}, args...), env: p.env}

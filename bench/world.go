@@ -312,7 +312,7 @@ func (w *world) change(round int) error {
 	return nil
 }
 
-// makeSegments stops archiving and the runner, writes n segments (pgbench and bulk updates in turns), and hides them:
+// makeSegments stops archiving and the runner, writes n segments (pgbench and bulk loads in turns), and hides them:
 // they are marked as archived.
 func (w *world) makeSegments(n int) ([]string, error) {
 	log.Printf("writing %d WAL segments", n)
@@ -334,8 +334,12 @@ func (w *world) makeSegments(n int) ([]string, error) {
 			if err := w.runAsPostgres(command{argv: []string{filepath.Join(w.bin, "pgbench"), "-n", "-c", "4", "-j", "2", "-t", "2000", "-h", w.socket, "-p", strconv.Itoa(w.port), "postgres"}, env: []string{"PGOPTIONS=-c synchronous_commit=off"}}); err != nil {
 				return nil, err
 			}
-		} else if _, err := w.conn.Exec(w.ctx, fmt.Sprintf("UPDATE pgbench_accounts SET bid = bid WHERE aid %% 20 = %d", i%20)); err != nil {
-			return nil, err
+		} else {
+			for _, q := range []string{fmt.Sprintf("CREATE TABLE loaded AS SELECT * FROM document WHERE id %% 8 = %d", i/2%8), "DROP TABLE loaded"} {
+				if _, err := w.conn.Exec(w.ctx, q); err != nil {
+					return nil, err
+				}
+			}
 		}
 		if _, err := w.conn.Exec(w.ctx, "SELECT pg_switch_wal()"); err != nil {
 			return nil, err
