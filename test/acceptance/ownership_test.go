@@ -1,6 +1,7 @@
 package acceptance
 
 import (
+	"context"
 	"errors"
 	"os"
 	"os/exec"
@@ -27,7 +28,10 @@ func (w *world) secondGuest(machineID string, cluster *pgtest.Cluster) *world {
 	w.must(os.WriteFile(filepath.Join(n.layout.ConfigDirectory(), "machine-id"), []byte(machineID+"\n"), 0o644))
 	n.guest = guest.Local(n.layout)
 	w.t.Cleanup(func() {
-		if err := n.guest.Remove(w.t.Context(), jobName); err != nil && w.t.Context().Err() == nil {
+		// The test's own context has ended by now.
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		if err := n.guest.Remove(ctx, jobName); err != nil {
 			w.t.Errorf("remove the second guest's job: %v", err)
 		}
 	})
