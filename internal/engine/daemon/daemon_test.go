@@ -71,7 +71,7 @@ func TestRunner_losesNothing(t *testing.T) {
 	// Under the race detector (-short) archive_command, which is this test's own binary, takes a second to start.
 	pause := 20 * time.Millisecond
 	if testing.Short() {
-		pause = 300 * time.Millisecond
+		pause = 120 * time.Millisecond
 	}
 	writer.Go(func() {
 		conn := c.Conn(context.Background())
