@@ -1,8 +1,8 @@
 // Package guest reaches a machine that runs PostgreSQL: it finds the instances there, checks what stands in the way of
 // protecting them, puts the runner and its job in place, tells what is there now, and takes it all away again.
 //
-// It does so on the machine it runs on. The provider uses it in its own process for connection type "local"; a
-// connection over SSH runs the same code on the guest.
+// It does so on the machine it runs on. The provider uses it in its own process for connection type "local"; for a
+// connection over SSH, the runner's binary runs the same code on the guest (packages remote and sshlink).
 package guest
 
 import (
@@ -62,6 +62,23 @@ type Instance struct {
 	WALLevel      string
 	SizeBytes     int64
 	WALSegment    postgres.SegmentSize
+
+	// What follows is known of a running server that lets us in only, but for Service.
+	ArchiveCommand string       // its program only: the rest may hold a password
+	ArchiveLibrary string       //
+	Databases      []string     // in order of name, templates left out
+	Extensions     []string     // of the database postgres, in order of name
+	Tablespaces    []Tablespace // those that are users' own
+	Followers      []string     // application_name of each streaming standby
+	Service        string       // systemd unit that runs it, or would; "" if there is none
+	Manager        string       // "patroni", "repmgrd", …: who decides about its role and settings; "" if nobody
+	Problem        string       // why the server, which runs, could not be asked
+}
+
+// Tablespace is where a tablespace lies.
+type Tablespace struct {
+	Name     string `json:"name"`
+	Location string `json:"location"`
 }
 
 // Status of a check.
@@ -76,7 +93,7 @@ const (
 
 // Check is one prerequisite. Those of the machine come first, without an instance. Its name is stable: archive_mode, archive_command, archive_library, wal_level,
 // full_page_writes, postgresql_version, postgresql_running, temporary_folder, executable_place, operating_system, role,
-// cluster_manager, privileges, repository_reachable, clock.
+// cluster_manager, security_module, privileges, repository_reachable, clock.
 type Check struct {
 	Name     string `json:"name"`
 	Instance string `json:"instance,omitempty"`
@@ -104,7 +121,8 @@ type SettingsPolicy struct {
 type Deployment struct {
 	Job         *job.Job // Protected may be empty: it is resolved from Instances
 	Credentials *objectstore.Credentials
-	Runner      []byte // the runner binary for this machine's architecture
+	Runner      []byte // the runner binary for this machine's architecture; nil: the program that runs
+	KeepRunner  bool   // runner_update = "manual": a runner that is installed stays, whichever it is
 	Settings    SettingsPolicy
 }
 
@@ -116,14 +134,34 @@ type State struct {
 	RunnerSHA256   string // of the binary that BinaryLink leads to; "" if missing
 	Instances      []InstanceState
 	HasCredentials bool
+	AccessKeyID    string // of the credentials; "" if there are none, or they are unreadable
+	// CredentialsChanged: the file is not what was deployed. The secret itself never leaves the guest.
+	CredentialsChanged bool
 }
+
+// The states of a runner.
+const (
+	RunnerRunning  = "running"  // it answers, and is kept alive as it was set up
+	RunnerStopped  = "stopped"  // it should run, and does not
+	RunnerMissing  = "missing"  // there is none
+	RunnerSilent   = "silent"   // its process runs, and does not answer at its socket
+	RunnerOutdated = "outdated" // it runs another binary than the one that is installed
+	RunnerMasked   = "masked"   // its unit is masked
+	RunnerDisabled = "disabled" // its unit does not start with the machine
+	RunnerEdited   = "edited"   // its unit file, or a drop-in for it, is not what was deployed
+)
 
 // InstanceState is one protected instance, as it is.
 type InstanceState struct {
 	Name     string
-	Runner   string            // "running": it answers; "stopped": it should, and does not; "missing": there is none
+	Runner   string            // see RunnerRunning; of several that apply, the one that matters most
+	Detail   string            // what is behind Runner, in words: a path, a unit; "" for RunnerRunning
 	Problem  string            // why its settings could not be read, in words
 	Settings map[string]string // archive_mode, archive_command, archive_library, wal_level, full_page_writes
+	// Wanted is what archive_command has to be: ours, and behind it the one that was there where that is chained.
+	Wanted string
+	// Pending names settings, of those above, that will be others after the next restart, with their values then.
+	Pending  map[string]string
 	SystemID postgres.SystemID
 }
 

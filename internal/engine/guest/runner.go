@@ -13,13 +13,6 @@ import (
 	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
 )
 
-// The states of a runner, as InstanceState has them.
-const (
-	runnerRunning = "running"
-	runnerStopped = "stopped"
-	runnerMissing = "missing"
-)
-
 const (
 	// answerTimeout is how long a runner may take to answer after its start: it opens its socket before anything else.
 	answerTimeout = 30 * time.Second
@@ -74,7 +67,7 @@ func (g *local) status(ctx context.Context, name, instance string) (*control.Sta
 func (g *local) runnerState(ctx context.Context, name, instance string) (string, error) {
 	_, err := g.status(ctx, name, instance)
 	if err == nil {
-		return runnerRunning, nil
+		return RunnerRunning, nil
 	}
 	if ctx.Err() != nil {
 		return "", context.Cause(ctx)
@@ -84,9 +77,9 @@ func (g *local) runnerState(ctx context.Context, name, instance string) (string,
 		return "", err
 	}
 	if there {
-		return runnerStopped, nil
+		return RunnerStopped, nil
 	}
-	return runnerMissing, nil
+	return RunnerMissing, nil
 }
 
 // change is what Apply found to be different about a job's documents.

@@ -34,6 +34,10 @@ type Job struct {
 	Repository Repository `json:"repository"`
 	Instances  Selection  `json:"instances"`
 	Protected  []Instance `json:"protected"` // what the selection found
+
+	// DatabaseUser is the role that pgark works as in every instance; "": that of the instance's owner.
+	DatabaseUser string `json:"database_user,omitempty"`
+
 	Image      Image      `json:"image"`
 	WAL        WAL        `json:"wal"`
 

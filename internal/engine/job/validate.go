@@ -1,6 +1,7 @@
 package job
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net/url"
@@ -49,7 +50,7 @@ func (j *Job) ApplyDefaults() {
 		setDefault(&j.WALRetention.EnforcedBy, DefaultEnforcedBy)
 	}
 	for i := range j.Protected {
-		setDefault(&j.Protected[i].DatabaseUser, j.Protected[i].Owner)
+		setDefault(&j.Protected[i].DatabaseUser, cmp.Or(j.DatabaseUser, j.Protected[i].Owner))
 	}
 }
 
