@@ -81,6 +81,11 @@ type Command struct {
 	Args  []string // quoted for the remote shell; or
 	Shell string   // a script for sh, as it stands
 	Root  bool     // run it as root: by sudo if the policy says so
+
+	// A Shell with Root runs as the account itself: it finds a shell function `asroot PROGRAM [ARGUMENT]…` that runs one
+	// program as root with the script's standard input and output (by sudo -n; by sudo -S where a password is needed,
+	// which the script never sees; as it is for root), so that sudo is asked for that program and not for sh. It may be
+	// called more than once, in a pipeline, with its input redirected, and at the end of a script.
 	Stdin io.Reader
 }
 
