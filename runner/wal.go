@@ -46,7 +46,9 @@ func newWALPushCommand() *cobra.Command {
 		Short: "Have the runner store a WAL file (archive_command)",
 		Long: `push asks the instance's runner to store a WAL file, and exits 0 once it is durable in the repository. PostgreSQL calls
 it as archive_command with PATH = %p, in its data directory. On any other exit PostgreSQL keeps the file, and asks
-again.`,
+again.
+
+A runner that is being started anew, after an upgrade say, is waited for up to 20 seconds, unless PostgreSQL shuts down.`,
 		DisableFlagParsing: true,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if code := walPush(args); code != exitDone {
@@ -93,7 +95,8 @@ func walPush(args []string) int {
 	// Not SIGTERM: PostgreSQL's archiver reads meaning into the death of its command by a signal.
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT)
 	defer stop()
-	if err := wal.Push(ctx, job.FindLayout().Socket(jobName, instance), path); err != nil {
+	l := job.FindLayout()
+	if err := wal.Push(ctx, wal.PushRequest{Socket: l.Socket(jobName, instance), JobFile: l.JobFile(jobName), Path: path}); err != nil {
 		fmt.Fprintf(os.Stderr, "pgark: %v\n", err)
 		return exitError
 	}

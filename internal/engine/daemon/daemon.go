@@ -27,6 +27,7 @@ import (
 	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/objectstore"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/postgres"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/wal"
 )
 
 // Options of Run. Job and Instance have no default.
@@ -302,7 +303,9 @@ func (d *daemon) handle(ctx context.Context, r control.Request, progress func(st
 	switch r.Op {
 	case control.OpPush:
 		if err := d.push(ctx, r.Path); err != nil {
-			return control.Fail(err)
+			a := control.Fail(err)
+			a.Again = errors.Is(err, wal.ErrStopped) || ctx.Err() != nil
+			return a
 		}
 		return control.Answer{OK: true}
 	case control.OpStatus:

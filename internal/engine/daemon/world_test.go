@@ -40,7 +40,7 @@ func TestMain(m *testing.M) {
 	case "supervise":
 		exit(daemon.Supervise(ctx, job.FindLayout(), args[0], args[1], []string{os.Args[0], "run", args[0], args[1]}))
 	case "push":
-		exit(wal.Push(ctx, args[0], args[1]))
+		exit(wal.Push(ctx, wal.PushRequest{Socket: args[0], Path: args[1]}))
 	case "fetch":
 		location, series, name, path := args[0], args[1], args[2], args[3]
 		found, err := wal.FetchDetached(ctx, name, path, func(ring, socket string) []string {

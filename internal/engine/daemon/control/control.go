@@ -6,6 +6,8 @@
 //	request  one JSON object, ended by a newline: {"op":"push","path":"/data/pg_wal/000000010000000000000007"}
 //	answer   one JSON object, ended by a newline: {"ok":true,…} or {"ok":false,"error":"…","hint":"…"}
 //
+// An answer with "again" says no because the runner stops: the next one may say yes.
+//
 // Before its answer, a request of a kind that takes long ("image") may be sent progress lines: {"progress":"…"}.
 // Unknown fields are ignored by both sides. A request is at most 64 KiB. The one who asks may hang up at any time: an
 // upload or an image that goes on is not disturbed by it.
@@ -66,7 +68,8 @@ type Request struct {
 type Answer struct {
 	OK    bool   `json:"ok"`
 	Error string `json:"error,omitempty"`
-	Hint  string `json:"hint,omitempty"` // what to look at, or to do; never part of Error
+	Hint  string `json:"hint,omitempty"`  // what to look at, or to do; never part of Error
+	Again bool   `json:"again,omitempty"` // the runner stops; the one that is started next has the answer
 
 	Progress string          `json:"progress,omitempty"` // set: this is not the answer yet
 	Status   *Status         `json:"status,omitempty"`   // of status
@@ -155,12 +158,41 @@ type AnswerError struct {
 	Op      Op
 	Message string
 	Hint    string
+	Again   bool // the runner stops
 }
 
 func (e *AnswerError) Error() string { return e.Message }
 
+// CutError says that a runner ended, or hung up, before it answered. What was asked may be done or not.
+type CutError struct {
+	Socket string
+	Op     Op
+	Err    error
+}
+
+func (e *CutError) Error() string {
+	return fmt.Sprintf("ask the runner on %s to %s: %v", e.Socket, e.Op, e.Err)
+}
+
+func (e *CutError) Unwrap() error { return e.Err }
+
+// IsRestarting tells whether an error of Ask is what one sees while a runner is started anew: it is not there, it stops,
+// or it ended before it answered. One that refuses the asker is there.
+func IsRestarting(err error) bool {
+	var away *NotRunningError
+	var cut *CutError
+	var no *AnswerError
+	switch {
+	case errors.As(err, &away):
+		return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED)
+	case errors.As(err, &no):
+		return no.Again
+	}
+	return errors.As(err, &cut)
+}
+
 // Ask sends one request and returns the answer that says yes; one that says no is *AnswerError, nobody listening is
-// *NotRunningError. progress may be nil.
+// *NotRunningError, one who ends before he answers *CutError. progress may be nil.
 func Ask(ctx context.Context, socket string, r Request, progress func(line string)) (*Answer, error) {
 	conn, err := dial(ctx, socket)
 	if err != nil {
@@ -193,7 +225,7 @@ func Ask(ctx context.Context, socket string, r Request, progress func(line strin
 				progress(a.Progress)
 			}
 		case !a.OK:
-			return nil, &AnswerError{Op: r.Op, Message: a.Error, Hint: a.Hint}
+			return nil, &AnswerError{Op: r.Op, Message: a.Error, Hint: a.Hint, Again: a.Again}
 		default:
 			return &a, nil
 		}
@@ -207,9 +239,9 @@ func Ask(ctx context.Context, socket string, r Request, progress func(line strin
 
 func asked(ctx context.Context, socket string, r Request, err error) error {
 	if ctx.Err() != nil {
-		err = context.Cause(ctx)
+		return fmt.Errorf("ask the runner on %s to %s: %w", socket, r.Op, context.Cause(ctx))
 	}
-	return fmt.Errorf("ask the runner on %s to %s: %w", socket, r.Op, err)
+	return &CutError{Socket: socket, Op: r.Op, Err: plain(err)}
 }
 
 // plain takes the socket's name, which the caller's message has, out of a dial error.
