@@ -1,0 +1,202 @@
+//go:build linux
+
+package fleet
+
+import (
+	"bytes"
+	"compress/gzip"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pgark/terraform-provider-pgark/test/guests"
+)
+
+// runnerWith builds the runner with one of its source files changed: other versions of it, or broken ones, without a hook
+// for that in the product.
+func (w *world) runnerWith(file, old, replacement string) []byte {
+	w.Helper()
+	path, err := filepath.Abs(filepath.Join("..", "..", file))
+	if err != nil {
+		w.Fatal(err)
+	}
+	source, err := os.ReadFile(path)
+	if err != nil {
+		w.Fatal(err)
+	}
+	if !bytes.Contains(source, []byte(old)) {
+		w.Fatalf("found no %q in %s", old, file)
+	}
+	dir := w.TempDir()
+	changed := filepath.Join(dir, "changed.go")
+	if err := os.WriteFile(changed, bytes.Replace(source, []byte(old), []byte(replacement), 1), 0o644); err != nil {
+		w.Fatal(err)
+	}
+	out := filepath.Join(dir, "pgark")
+	cmd := exec.CommandContext(w.Context(), "go", "build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w -buildid=",
+		"-overlay", w.overlay(map[string]string{path: changed}), "-o", out, "./runner")
+	cmd.Dir = filepath.Join("..", "..")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if text, err := cmd.CombinedOutput(); err != nil {
+		w.Fatalf("build the runner: %v\n%s", err, text)
+	}
+	b, err := os.ReadFile(out)
+	if err != nil {
+		w.Fatal(err)
+	}
+	return b
+}
+
+// overlay writes the file that go build -overlay takes.
+func (w *world) overlay(replace map[string]string) string {
+	w.Helper()
+	b, err := json.Marshal(map[string]any{"Replace": replace})
+	if err != nil {
+		w.Fatal(err)
+	}
+	file := filepath.Join(w.TempDir(), "overlay.json")
+	if err := os.WriteFile(file, b, 0o644); err != nil {
+		w.Fatal(err)
+	}
+	return file
+}
+
+// providerWith builds the provider with another runner in it.
+func (w *world) providerWith(runner []byte) []byte {
+	w.Helper()
+	var packed bytes.Buffer
+	z := gzip.NewWriter(&packed)
+	if _, err := z.Write(runner); err != nil {
+		w.Fatal(err)
+	}
+	if err := z.Close(); err != nil {
+		w.Fatal(err)
+	}
+	file := filepath.Join(w.TempDir(), "runner.gz")
+	if err := os.WriteFile(file, packed.Bytes(), 0o644); err != nil {
+		w.Fatal(err)
+	}
+	embedded, err := filepath.Abs(filepath.Join("..", "..", "internal/provider/runnerdist/dist/pgark_linux_"+runtime.GOARCH+".gz"))
+	if err != nil {
+		w.Fatal(err)
+	}
+	b, err := buildProvider(w.overlay(map[string]string{embedded: file}))
+	if err != nil {
+		w.Fatal(err)
+	}
+	return b
+}
+
+func digest(b []byte) string {
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:])
+}
+
+// deployed is the digest of the binary that the link on the guest leads to, and of the one that the runner runs.
+func deployed(g *guests.Guest, unit string) (link, running string) {
+	link, _, _ = strings.Cut(g.Run("sha256sum /usr/local/bin/pgark"), " ")
+	running, _, _ = strings.Cut(g.Run("sha256sum /proc/$(systemctl show -P MainPID '"+unit+"')/exe"), " ")
+	return link, running
+}
+
+// archiver is what pg_stat_archiver says.
+type archiver struct {
+	archived, failed int
+	failing          bool // the newest attempt failed
+}
+
+func readArchiver(t *testing.T, g *guests.Guest) archiver {
+	t.Helper()
+	f := strings.Split(strings.TrimSpace(g.SQL("/var/run/postgresql", 5432,
+		"select archived_count, failed_count, coalesce(last_failed_time > last_archived_time, false) from pg_stat_archiver")), "|")
+	if len(f) != 3 {
+		t.Fatalf("pg_stat_archiver: found %q", f)
+	}
+	var a archiver
+	var err error
+	if a.archived, err = strconv.Atoi(f[0]); err == nil {
+		a.failed, err = strconv.Atoi(f[1])
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.failing = f[2] == "t"
+	return a
+}
+
+// TestUpgrade replaces a runner by a newer one, and by one that does not start, while pgbench writes and a segment is
+// switched every second. No attempt to archive may fail for good, nothing may be missing, and the broken one goes.
+func TestUpgrade(t *testing.T) {
+	w := newWorld(t)
+	g := w.net.Boot(guests.Options{})
+	const unit = "pgark@orders-15-main.service"
+
+	older := w.runnerWith("runner/main.go", `const version = "0.1.0"`, `const version = "0.0.9"`)
+	broken := w.runnerWith("runner/run.go", "layout := job.FindLayout()", `return errors.New("this runner does not start")`+"\nlayout := job.FindLayout()")
+	w.install(w.providerWith(older))
+	w.configure("", job("orders", g, `guest_settings = { restart = "allow" }`))
+	w.apply()
+	if link, running := deployed(g, unit); link != digest(older) || running != digest(older) {
+		t.Fatalf("deployed %s, running %s, expected %s", link, running, digest(older))
+	}
+
+	g.Run(`su postgres -c "createdb bench && /usr/lib/postgresql/15/bin/pgbench -q -i -s 5 bench"
+systemd-run -q --unit load-bench -p User=postgres /usr/lib/postgresql/15/bin/pgbench -n -c 2 -R 50 -T 600 bench
+systemd-run -q --unit load-switch -p User=postgres sh -c 'while :; do psql -qAtc "select pg_switch_wal()" postgres; sleep 1; done'`)
+	image(g, "orders", "15-main")
+	before := readArchiver(t, g)
+
+	current, err := providerBinary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.install(current)
+	w.must("init", "-no-color", "-input=false")
+	out, changes := w.plan()
+	if !changes {
+		t.Fatalf("the plan does not see the older runner:\n%s", out)
+	}
+	w.says(out, "runner_sha256")
+	w.apply()
+	link, running := deployed(g, unit)
+	if link != running || link == digest(older) {
+		t.Errorf("after the upgrade the link leads to %s and %s runs", link, running)
+	}
+	if n := strings.TrimSpace(g.Run("ls /usr/local/lib/pgark | wc -l")); n != "1" {
+		t.Errorf("found %s binaries after the upgrade, expected 1", n)
+	}
+
+	w.install(w.providerWith(broken))
+	w.must("init", "-no-color", "-input=false")
+	w.says(w.applyFails(), "this runner does not start", "previous runner")
+	if again, runs := deployed(g, unit); again != link || runs != link {
+		t.Errorf("after the broken runner the link leads to %s and %s runs, expected %s", again, runs, link)
+	}
+
+	w.install(current)
+	w.must("init", "-no-color", "-input=false")
+	w.nothingToDo()
+	g.Run("systemctl stop load-bench load-switch")
+	var last string
+	w.eventually(2*time.Minute, "everything is archived", func() bool {
+		last = g.SQL("/var/run/postgresql", 5432, "select count(*) from pg_ls_archive_statusdir() where name like '%.ready'")
+		return strings.TrimSpace(last) == "0"
+	})
+	after := readArchiver(t, g)
+	t.Logf("archived %d segments over two upgrades, %d attempts failed", after.archived-before.archived, after.failed-before.failed)
+	if after.failing {
+		t.Error("the newest attempt to archive failed")
+	}
+	if after.failed-before.failed > 3 {
+		t.Errorf("%d attempts to archive failed", after.failed-before.failed)
+	}
+	w.noGap(g, "orders")
+}
