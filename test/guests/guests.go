@@ -1,114 +1,111 @@
 //go:build linux
 
-// Package guests boots whole Debian systems for tests: systemd, sshd, sudo and PostgreSQL, each in a network namespace
-// with an address of its own, reached over SSH like any server. They are made once with mmdebstrap (test/setup.sh guests)
-// and booted with systemd-nspawn over a throw-away overlay, so that every test begins with the same clean machine.
+// Package guests boots whole Debian systems for tests: systemd, sshd, sudo, cron and PostgreSQL, each in a network
+// namespace with an address of its own, reached over SSH like any server. The systems are made once by install.sh, and
+// booted with systemd-nspawn over a throw-away overlay, so that every test begins with the same clean machine. What
+// makes a machine itself differs in each: name, address, machine-id, SSH host key, PostgreSQL's system identifier.
 //
-// Everything ends with the test: containers, namespaces, mounts, files.
+//	net := guests.NewNetwork(t)
+//	bucket := net.S3().Location("bucket")
+//	web := net.Boot(guests.Options{})           // PostgreSQL 15, running
+//	web.AddUser("deploy", "deploy ALL=(root) NOPASSWD: ALL")
+//	key, _ := net.Key()                         // ssh -i key -o UserKnownHostsFile=net.KnownHosts() deploy@web.Address
+//	web.Run("systemctl is-active postgresql@15-main")
+//	web.Reboot()
+//
+// Machines see each other, the S3 server and this process, and nothing else: no internet, no name server. Their clock is
+// this machine's, /tmp is a tmpfs, and what they write survives Reboot and Kill but is never flushed to the disk.
+//
+// It needs root, as namespaces, mounts and control groups do, and cgroup2. Everything ends with the test: containers,
+// namespaces, mounts, files. What a test that was killed left behind, the next NewNetwork removes.
 package guests
 
 import (
-	"testing"
-
-	"github.com/pgark/terraform-provider-pgark/test/s3test"
+	"fmt"
+	"strings"
 )
 
-// Network is a switch with an address for this process: a namespace with a bridge, to which guests, servers and this
-// process are attached. Nothing listens outside namespaces that it made.
-type Network struct{}
-
-// NewNetwork makes a network that ends with the test.
-func NewNetwork(t *testing.T) *Network { panic("unimplemented") }
-
-// S3 starts an S3 server in a namespace of its own on the network, which guests and this process reach at its Endpoint.
-func (n *Network) S3() *s3test.Server { panic("unimplemented") }
-
-// Key is a key pair that every guest of the network accepts for root. It was made for this network.
-func (n *Network) Key() (privateFile, public string) { panic("unimplemented") }
-
-// KnownHosts is a known_hosts file with the keys of all guests booted so far, and of those that will be.
-func (n *Network) KnownHosts() string { panic("unimplemented") }
-
-// Options describe a machine.
+// Options describe a machine. The zero value is a Debian bookworm server.
 type Options struct {
 	Suite string // "bookworm" (default: PostgreSQL 15 of Debian, cluster 15/main, running) or "trixie" (17)
-	Name  string // host name; "" for one of its own
+	Name  string // host name, of letters, digits and "-"; "" for one of its own
 
-	// WithoutPostgreSQL stops and disables Debian's own cluster.
+	// WithoutPostgreSQL leaves Debian's own cluster out. Programs and account stay.
 	WithoutPostgreSQL bool
 
-	// NoSystemd boots a small init that only runs sshd: a guest without systemd.
+	// NoSystemd boots a small init that starts sshd, cron and PostgreSQL, and lacks systemctl: a guest without systemd.
 	NoSystemd bool
+
+	// Hidden makes a machine that other machines reach, but not this process: one behind a bastion.
+	Hidden bool
 }
 
-// Guest is a booted machine.
-type Guest struct {
-	Name    string // host name
-	Address string // its IP address
+// Run runs a shell script (bash -e) as root on the machine, not over SSH, and
+// returns its standard output without the last newline; the test fails if it does not exit with 0.
+func (g *Guest) Run(script string) string {
+	g.n.t.Helper()
+	out, err := g.Try(script)
+	if err != nil {
+		g.n.t.Fatalf("%v\noutput: %s", err, out)
+	}
+	return out
 }
 
-// Boot starts a machine and waits until it runs and sshd answers.
-func (n *Network) Boot(o Options) *Guest { panic("unimplemented") }
+// Try is Run for scripts that may fail. The error holds what came on standard error.
+func (g *Guest) Try(script string) (output string, err error) {
+	return g.enter(script, nil)
+}
 
-// BootAll starts several machines side by side.
-func (n *Network) BootAll(o ...Options) []*Guest { panic("unimplemented") }
-
-// Run runs a shell script as root on the machine, not over SSH, and returns what it printed; the test fails if it does
-// not exit with 0.
-func (g *Guest) Run(script string) string { panic("unimplemented") }
-
-// Try is Run for scripts that may fail.
-func (g *Guest) Try(script string) (output string, err error) { panic("unimplemented") }
-
-// Put writes a file on the machine.
-func (g *Guest) Put(path string, content []byte, mode uint32) { panic("unimplemented") }
+// Put writes a file on the machine, owned by root, in a directory that is there.
+func (g *Guest) Put(path string, content []byte, mode uint32) {
+	g.n.t.Helper()
+	script := fmt.Sprintf("rm -f %[1]s; umask 077; cat >%[1]s; chmod %[2]o %[1]s", quote(path), mode)
+	if _, err := g.enter(script, content); err != nil {
+		g.n.t.Fatalf("write %s: %v", path, err)
+	}
+}
 
 // HostKey is the public key of its sshd, "ssh-ed25519 AAAA…".
-func (g *Guest) HostKey() string { panic("unimplemented") }
+func (g *Guest) HostKey() string { return g.hostKey }
 
 // AddUser makes an account that logs in with the network's key, with the given lines in /etc/sudoers.d ("" for none).
-func (g *Guest) AddUser(name, sudoers string) { panic("unimplemented") }
-
-// Cluster describes a PostgreSQL cluster that AddCluster makes.
-type Cluster struct {
-	Major         int    // 13 to 18
-	DataDirectory string // made by postgres, who owns it
-	Port          int
-	SocketDir     string // made where it is missing
-	Name          string // cluster_name; "" for none
-	Checksums     bool
-	SegmentMiB    int               // 0: 16
-	Settings      map[string]string // of postgresql.conf
-	Unit          string            // of a systemd service that runs it and starts it at boot
+// It has no password: set one with chpasswd.
+func (g *Guest) AddUser(name, sudoers string) {
+	g.n.t.Helper()
+	g.Run("useradd --create-home --shell /bin/bash --password '*' " + quote(name))
+	g.Run(fmt.Sprintf("install -d -m 700 -o %[1]s -g %[1]s /home/%[1]s/.ssh", name))
+	keys := fmt.Sprintf("/home/%s/.ssh/authorized_keys", name)
+	g.Put(keys, []byte(g.n.publicKey+"\n"), 0o600)
+	g.Run(fmt.Sprintf("chown %[1]s:%[1]s %[2]s", name, keys))
+	if sudoers != "" {
+		g.Put("/etc/sudoers.d/"+name, []byte(strings.TrimSuffix(sudoers, "\n")+"\n"), 0o440)
+		g.Run("visudo --check --quiet")
+	}
 }
 
-// AddCluster makes and starts a cluster of any major, with binaries that the machine sees at /opt/postgresql/<major>.
-func (g *Guest) AddCluster(c Cluster) { panic("unimplemented") }
+// MountNoexec mounts a small tmpfs with noexec on a directory of the machine, until it reboots.
+func (g *Guest) MountNoexec(dir string) {
+	g.n.t.Helper()
+	g.Run(fmt.Sprintf("mkdir -p %[1]s; mount -t tmpfs -o noexec,nosuid,nodev,mode=1777,size=256m tmpfs %[1]s", quote(dir)))
+}
+
+// SmallDisk mounts a file system of so many MiB on a directory of the machine, made where it is missing, until it
+// reboots. Owner and mode are those of the directory.
+func (g *Guest) SmallDisk(dir string, mib int) {
+	g.n.t.Helper()
+	g.Run(fmt.Sprintf("mkdir -p %[1]s; mount -t tmpfs -o $(stat -c mode=%%a,uid=%%u,gid=%%g %[1]s),size=%[2]dm tmpfs %[1]s", quote(dir), mib))
+}
 
 // SQL runs a statement as postgres in the cluster at port and socket directory and returns the result like psql -At.
-func (g *Guest) SQL(socketDir string, port int, statement string) string { panic("unimplemented") }
+func (g *Guest) SQL(socketDir string, port int, statement string) string {
+	g.n.t.Helper()
+	out, err := g.enter(fmt.Sprintf("cd /; exec runuser -u postgres -- psql -XAtq -v ON_ERROR_STOP=1 -h %s -p %d -d postgres -f -", quote(socketDir), port),
+		[]byte(statement))
+	if err != nil {
+		g.n.t.Fatalf("%s: %v", statement, err)
+	}
+	return out
+}
 
-// Reboot shuts the machine down and boots it again with the same disk and address.
-func (g *Guest) Reboot() { panic("unimplemented") }
-
-// Kill ends the machine as a power cut does. Start boots it again.
-func (g *Guest) Kill() { panic("unimplemented") }
-
-// Start boots a machine that was killed.
-func (g *Guest) Start() { panic("unimplemented") }
-
-// Cut takes the machine off the network; Mend puts it back.
-func (g *Guest) Cut() { panic("unimplemented") }
-
-// Mend undoes Cut.
-func (g *Guest) Mend() { panic("unimplemented") }
-
-// MountNoexec mounts a small tmpfs with noexec on a directory of the machine.
-func (g *Guest) MountNoexec(dir string) { panic("unimplemented") }
-
-// SmallDisk mounts a file system of so many MiB on a directory of the machine, made where it is missing.
-func (g *Guest) SmallDisk(dir string, mib int) { panic("unimplemented") }
-
-// Files lists every file of the machine that a deployment could have touched (not /proc, /sys, /dev, logs, journals and
-// PostgreSQL's data), with mode, owner and a digest: one line a file. Two lists of the same machine can be compared.
-func (g *Guest) Files() []string { panic("unimplemented") }
+// quote makes a word of the shell.
+func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }

@@ -40,8 +40,9 @@ type Server struct {
 	SecretAccessKey string
 	Directory       string // holds a directory a bucket
 
-	t    testing.TB
-	addr string
+	t         testing.TB
+	addr      string
+	namespace string // file of its network namespace; "" for that of the test
 
 	mu      sync.Mutex
 	process *process // nil while stopped
@@ -64,17 +65,32 @@ func Start(t testing.TB) *Server {
 // StartIn runs a server with its data in directory, which needs a file system with user extended attributes.
 func StartIn(t testing.TB, directory string) *Server {
 	t.Helper()
-	s := &Server{
+	s := newServer(t, directory, freeAddress(t))
+	t.Cleanup(s.Stop)
+	s.Start()
+	return s
+}
+
+// StartInNamespace is Start for a server that runs in another network namespace, named by its file, and listens on
+// address there ("10.1.2.3:7070"), which this process must reach. It needs root.
+func StartInNamespace(t testing.TB, namespace, address string) *Server {
+	t.Helper()
+	s := newServer(t, t.TempDir(), address)
+	s.namespace = namespace
+	t.Cleanup(s.Stop)
+	s.Start()
+	return s
+}
+
+func newServer(t testing.TB, directory, address string) *Server {
+	return &Server{
 		AccessKeyID:     "AKTEST" + rand.Text()[:14],
 		SecretAccessKey: rand.Text() + rand.Text()[:14],
 		Directory:       directory,
 		t:               t,
-		addr:            freeAddress(t),
+		addr:            address,
 		buckets:         make(map[string]bool),
 	}
-	t.Cleanup(s.Stop)
-	s.Start()
-	return s
 }
 
 // Endpoint is the server's URL.
@@ -89,8 +105,12 @@ func (s *Server) Start() {
 		return
 	}
 	p := &process{exited: make(chan struct{})}
-	p.cmd = exec.CommandContext(context.WithoutCancel(s.t.Context()), Binary(s.t), "--port", s.addr, "--region", Region, "--keep-alive", "--quiet",
-		"posix", "--data-integrity-etag", s.Directory)
+	args := []string{Binary(s.t), "--port", s.addr, "--region", Region, "--keep-alive", "--quiet",
+		"posix", "--data-integrity-etag", s.Directory}
+	if s.namespace != "" {
+		args = append([]string{"nsenter", "--net=" + s.namespace}, args...) // it becomes the server: same process
+	}
+	p.cmd = exec.CommandContext(context.WithoutCancel(s.t.Context()), args[0], args[1:]...)
 	// The keys are in the environment, where "ps" does not show them to others.
 	p.cmd.Env = append(os.Environ(), "ROOT_ACCESS_KEY_ID="+s.AccessKeyID, "ROOT_SECRET_ACCESS_KEY="+s.SecretAccessKey)
 	p.cmd.Stdout, p.cmd.Stderr = &p.log, &p.log
