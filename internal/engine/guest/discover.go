@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 
@@ -54,7 +55,7 @@ func (g *local) Discover(ctx context.Context) ([]Instance, error) {
 		out[i].Role = s.role()
 		out[i].ArchiveMode = s.Setting("archive_mode")
 		out[i].WALLevel = s.Setting("wal_level")
-		out[i].SizeBytes = s.SizeBytes()
+		out[i].SizeBytes = s.inventory.SizeBytes()
 	}
 	return out, nil
 }
@@ -357,6 +358,7 @@ type inspected struct {
 	archiveCommand string // as it is set: pg_settings shows "(disabled)" while archive_mode is off
 	missing        []postgres.MissingPrivilege
 	fileProblems   []postgres.FileProblem
+	inventory      *postgres.Inventory
 }
 
 func (s *inspected) role() string {
@@ -378,6 +380,9 @@ func inspect(ctx context.Context, c cluster) (*inspected, error) {
 	defer closeNow(conn)
 	s := &inspected{}
 	if s.Server, err = postgres.ReadServer(ctx, conn); err != nil {
+		return nil, err
+	}
+	if s.inventory, err = postgres.ReadInventory(ctx, conn, 2*time.Second); err != nil {
 		return nil, err
 	}
 	if s.archiveCommand, err = readArchiveCommand(ctx, conn); err != nil {

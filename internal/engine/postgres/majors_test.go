@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -33,6 +34,9 @@ func TestMajors(t *testing.T) {
 			t.Run("control", func(t *testing.T) { checkControl(t, c.For(t), size) })
 			t.Run("connect", func(t *testing.T) { checkConnect(t, c.For(t)) })
 			t.Run("server", func(t *testing.T) { checkServer(t, c.For(t)) })
+			t.Run("inventory", func(t *testing.T) { checkInventory(t, c.For(t)) })
+			t.Run("privileges", func(t *testing.T) { checkPrivileges(t, c.For(t)) })
+			t.Run("refusals", func(t *testing.T) { checkRefusals(t, c.For(t)) })
 			t.Run("settings", func(t *testing.T) { checkSettings(t, c.For(t)) })
 			t.Run("backup", func(t *testing.T) { checkBackup(t, c.For(t), size) })
 			t.Run("wal", func(t *testing.T) { checkWAL(t, c.For(t), size) })
@@ -146,38 +150,163 @@ func checkServer(t *testing.T, c *pgtest.Cluster) {
 	if _, ok := s.Settings["archive_library"]; ok != (c.Major >= 15) {
 		t.Errorf("archive_library: found %v", ok)
 	}
-	if len(s.Tablespaces) != 1 || s.Tablespaces[0].Name != "space" || s.Tablespaces[0].Location != c.TablespaceDir("space") {
-		t.Errorf("found tablespaces %+v", s.Tablespaces)
-	}
-	if len(s.Databases) != 3 || s.SizeBytes() < 10<<20 {
-		t.Errorf("found databases %+v", s.Databases)
-	}
 	if d := time.Since(s.Time); d < -time.Second || d > time.Minute || s.StartTime.After(s.Time) {
 		t.Errorf("found clock %s, started %s", s.Time, s.StartTime)
 	}
+}
 
-	c.Exec("create role weak login")
+func checkInventory(t *testing.T, c *pgtest.Cluster) {
+	ctx := context.Background()
 	conn := c.Conn(ctx)
-	if _, err := conn.Exec(ctx, "set session authorization weak"); err != nil {
-		t.Fatal(err)
-	}
-	missing, err := postgres.MissingPrivileges(ctx, conn, "archive_command", "wal_level")
+	i, err := postgres.ReadInventory(ctx, conn, time.Minute)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(missing) < 6 {
-		t.Errorf("found %+v", missing)
+	if len(i.Tablespaces) != 1 || i.Tablespaces[0].Name != "space" || i.Tablespaces[0].Location != c.TablespaceDir("space") {
+		t.Errorf("found tablespaces %+v", i.Tablespaces)
 	}
-	for _, m := range missing {
-		c.Exec(m.Grant)
+	if len(i.Databases) != 3 || i.Databases[0].Template || !i.Databases[1].Template || i.SizeBytes() < 10<<20 {
+		t.Errorf("found databases %+v", i.Databases)
 	}
-	if missing, err = postgres.MissingPrivileges(ctx, conn, "archive_command", "wal_level"); err != nil || len(missing) > 0 {
-		t.Errorf("after every grant: %+v, %v", missing, err)
+	if !slices.Equal(i.Extensions, []string{"plpgsql"}) || len(i.Followers) > 0 {
+		t.Errorf("found extensions %q, followers %q", i.Extensions, i.Followers)
 	}
-	if _, err := postgres.ReadServer(ctx, conn); err != nil {
-		t.Error(err)
+	// Sizes that take too long cost nothing but themselves.
+	if i, err = postgres.ReadInventory(ctx, conn, time.Millisecond); err != nil || len(i.Databases) != 3 {
+		t.Errorf("found %+v, %v", i, err)
 	}
-	c.Exec("drop owned by weak; drop role weak")
+	var limit string
+	if err := conn.QueryRow(ctx, "show statement_timeout").Scan(&limit); err != nil || limit != "0" {
+		t.Errorf("statement_timeout: found %q, %v", limit, err)
+	}
+}
+
+// checkPrivileges gives a role exactly what Grants says, and takes each away again.
+func checkPrivileges(t *testing.T, c *pgtest.Cluster) {
+	ctx := context.Background()
+	alter := []string{"archive_command", "archive_mode"}
+	for _, role := range []string{"weak", `We"ak's`} {
+		for _, statement := range append(postgres.CreateRole(role), postgres.CreateRole(role)...) {
+			c.Exec(statement)
+		}
+		quoted := pgx.Identifier{role}.Sanitize()
+		conn := c.Conn(ctx)
+		if _, err := conn.Exec(ctx, "set session authorization "+quoted); err != nil {
+			t.Fatal(err)
+		}
+		missing := func() []string {
+			t.Helper()
+			found, err := postgres.MissingPrivileges(ctx, conn, alter...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var grants []string
+			for _, m := range found {
+				if m.SuperuserOnly != (m.Grant == "") || m.SuperuserOnly != (c.Major < 15 && strings.HasPrefix(m.What, "change ")) {
+					t.Errorf("found %+v", m)
+				}
+				if !m.SuperuserOnly {
+					grants = append(grants, m.Grant)
+				}
+			}
+			return grants
+		}
+		grants := postgres.Grants(c.Major, role, alter...)
+		if found := missing(); !slices.Equal(found, grants) {
+			t.Errorf("found missing %q, expected %q", found, grants)
+		}
+		for _, g := range append(grants, grants...) {
+			c.Exec(g)
+		}
+		if found := missing(); len(found) > 0 {
+			t.Errorf("after every grant: %q", found)
+		}
+		for _, g := range grants {
+			revoke := strings.Replace(strings.Replace(g, "GRANT", "REVOKE", 1), " TO ", " FROM ", 1)
+			c.Exec(revoke)
+			if found := missing(); !slices.Equal(found, []string{g}) {
+				t.Errorf("%s: found missing %q", revoke, found)
+			}
+			c.Exec(g)
+		}
+		// What everybody may can be taken from everybody.
+		c.Exec("revoke execute on function pg_control_checkpoint() from public")
+		if found := missing(); len(found) != 1 || !strings.Contains(found[0], "pg_control_checkpoint") {
+			t.Errorf("found %q", found)
+		}
+		c.Exec("grant execute on function pg_control_checkpoint() to public")
+		if _, err := postgres.ReadServer(ctx, conn); err != nil {
+			t.Error(err)
+		}
+		if i, err := postgres.ReadInventory(ctx, conn, time.Minute); err != nil || i.SizeBytes() < 10<<20 {
+			t.Errorf("found %+v, %v", i, err)
+		}
+		c.Exec("drop owned by " + quoted)
+		c.Exec("drop role " + quoted)
+	}
+}
+
+// checkRefusals tells the ways apart in which a server keeps somebody out, in whatever language it says so.
+func checkRefusals(t *testing.T, c *pgtest.Cluster) {
+	ctx := context.Background()
+	hba := filepath.Join(c.ConfigDir, "pg_hba.conf")
+	before, err := os.ReadFile(hba)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rules := func(text string) {
+		t.Helper()
+		if err := os.WriteFile(hba, []byte(text+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		// No connection is needed to tell the server.
+		running, p, err := postgres.IsRunning(c.DataDir)
+		if err != nil || !running {
+			t.Fatal(running, err)
+		}
+		log := len(c.Log())
+		if err := syscall.Kill(p.PID, syscall.SIGHUP); err != nil {
+			t.Fatal(err)
+		}
+		for end := time.Now().Add(10 * time.Second); !strings.Contains(c.Log()[log:], "SIGHUP") && time.Now().Before(end); {
+			time.Sleep(time.Millisecond)
+		}
+	}
+	defer rules(string(before))
+	expect := func(what, user, database string, expected postgres.Refusal) {
+		t.Helper()
+		// The postmaster has read the rules a moment after it says that it was told to.
+		var conn *pgx.Conn
+		for end := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+			conn, err = postgres.Connect(ctx, postgres.ConnectOptions{SocketDirectory: c.SocketDir, Port: c.Port, Owner: c.Owner, User: user, Database: database})
+			if err == nil {
+				_ = conn.Close(ctx)
+			}
+			if postgres.RefusalOf(err) == expected {
+				return
+			}
+			if time.Now().After(end) {
+				t.Errorf("%s: found refusal %d, expected %d: %v", what, postgres.RefusalOf(err), expected, err)
+				return
+			}
+		}
+	}
+	c.Exec("create role dumb nologin; create role narrow login connection limit 0; create role outside login; create role secret login password 'hush'")
+	defer c.Exec("drop role dumb, narrow, outside, secret")
+	c.Exec("create database closed")
+	defer c.Exec("drop database closed")
+	c.Exec("revoke connect on database closed from public")
+	rules("local all " + c.Owner + " peer\nlocal all secret scram-sha-256\nlocal all barred reject\nlocal all peerless peer\nlocal postgres,closed,absent absent,dumb,narrow,outside trust")
+	expect("no line", "nobody_knows", "", postgres.RefusedByHBA)
+	expect("reject", "barred", "", postgres.RefusedByHBA)
+	expect("peer of another name", "peerless", "", postgres.RefusedByHBA)
+	expect("password", "secret", "", postgres.RefusedByHBA)
+	expect("no role", "absent", "", postgres.RefusedRole)
+	expect("no login", "dumb", "", postgres.RefusedRole)
+	expect("limit", "narrow", "", postgres.RefusedConnections)
+	expect("no connect", "outside", "closed", postgres.RefusedConnect)
+	expect("no database", "outside", "absent", postgres.RefusedDatabase)
+	expect("let in", "outside", "", postgres.NotRefused)
 }
 
 func checkSettings(t *testing.T, c *pgtest.Cluster) {
@@ -458,6 +587,10 @@ func checkPostmaster(t *testing.T, c *pgtest.Cluster) {
 		t.Errorf("found %+v", p)
 	}
 	c.Kill()
+	line, err := postgres.ReadCommandLine(c.DataDir)
+	if err != nil || line.Directory != c.ConfigDir || filepath.Base(line.Program) != "postgres" {
+		t.Errorf("found command line %+v, %v", line, err)
+	}
 	if running, p, err := postgres.IsRunning(c.DataDir); running || p == nil || err != nil {
 		t.Errorf("killed: found %v, %+v, %v", running, p, err)
 	}

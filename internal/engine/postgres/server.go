@@ -31,20 +31,6 @@ func (s Setting) FromAlterSystem() bool {
 // Overrides tells whether ALTER SYSTEM is powerless, because the value was given on the command line.
 func (s Setting) Overrides() bool { return s.Source == "command line" }
 
-// Tablespace is a tablespace other than pg_default and pg_global.
-type Tablespace struct {
-	OID      uint32
-	Name     string
-	Location string // empty: inside the data directory (allow_in_place_tablespaces)
-}
-
-// Database is a database and its size; -1 if we may not know it.
-type Database struct {
-	OID       uint32
-	Name      string
-	SizeBytes int64
-}
-
 // Archiver is pg_stat_archiver. Its times are zero, and its names empty, for what has not happened yet.
 type Archiver struct {
 	Archived         int64
@@ -70,9 +56,7 @@ type Server struct {
 	// configuration files, unix_socket_directories.
 	Settings map[string]Setting
 
-	Tablespaces []Tablespace
-	Databases   []Database // with a template's, in order of name
-	Archiver    Archiver
+	Archiver Archiver
 }
 
 // Major is the server's major version.
@@ -90,18 +74,9 @@ func (s *Server) SegmentSize() SegmentSize {
 	return SegmentSize(v)
 }
 
-// SizeBytes is the size of all databases whose size is known.
-func (s *Server) SizeBytes() int64 {
-	var sum int64
-	for _, d := range s.Databases {
-		sum += max(d.SizeBytes, 0)
-	}
-	return sum
-}
-
 // serverSettings are the settings that ReadServer reads, where the server has them.
 var serverSettings = []string{
-	"archive_command", "archive_library", "archive_mode", "archive_timeout", "cluster_name", "config_file",
+	"allow_alter_system", "archive_command", "archive_library", "archive_mode", "archive_timeout", "cluster_name", "config_file",
 	"data_checksums", "data_directory", "external_pid_file", "full_page_writes", "hba_file", "ident_file",
 	"listen_addresses", "max_connections", "max_wal_senders", "max_worker_processes", "max_prepared_transactions",
 	"max_locks_per_transaction", "port", "server_version", "server_version_num", "summarize_wal",
@@ -137,31 +112,6 @@ func ReadServer(ctx context.Context, conn *pgx.Conn) (*Server, error) {
 		if v, ok := s.Settings[name]; ok && v.Value != "" {
 			v.Value = "(set)"
 			s.Settings[name] = v
-		}
-	}
-
-	rows, err := conn.Query(ctx, `select oid, spcname::text, coalesce(pg_tablespace_location(oid), '') from pg_tablespace
-		where spcname not in ('pg_default', 'pg_global') order by oid`)
-	if err != nil {
-		return fail("tablespaces", err)
-	}
-	if s.Tablespaces, err = pgx.CollectRows(rows, pgx.RowToStructByPos[Tablespace]); err != nil {
-		return fail("tablespaces", err)
-	}
-
-	// A database may be dropped while it is measured; its size is then null, or an error that another try avoids.
-	for try := 0; ; try++ {
-		rows, err = conn.Query(ctx, `select oid, datname::text,
-				coalesce(case when has_database_privilege(oid, 'connect') or pg_has_role('pg_read_all_stats', 'usage')
-				then pg_database_size(oid) end, -1) from pg_database order by datname`)
-		if err == nil {
-			s.Databases, err = pgx.CollectRows(rows, pgx.RowToStructByPos[Database])
-		}
-		if err == nil {
-			break
-		}
-		if try == 2 || conn.IsClosed() {
-			return fail("database sizes", err)
 		}
 	}
 
@@ -216,77 +166,6 @@ func versionNumber(ctx context.Context, conn *pgx.Conn) (int, error) {
 		return 0, fmt.Errorf("server version: %w", err)
 	}
 	return v, nil
-}
-
-// MissingPrivilege is something that our role may not do.
-type MissingPrivilege struct {
-	What  string // "call pg_backup_start", "change archive_command"
-	Grant string // the statements that give the right
-}
-
-// MissingPrivileges tells what our role lacks for backups, WAL shipping, and for ALTER SYSTEM of the given settings. A
-// superuser lacks nothing. Before 15 only a superuser can ALTER SYSTEM.
-func MissingPrivileges(ctx context.Context, conn *pgx.Conn, alter ...string) ([]MissingPrivilege, error) {
-	fail := func(err error) ([]MissingPrivilege, error) { return nil, fmt.Errorf("read privileges: %w", err) }
-	version, err := versionNumber(ctx, conn)
-	if err != nil {
-		return fail(err)
-	}
-	var superuser, readsSettings bool
-	var role string
-	err = conn.QueryRow(ctx, `select rolsuper, pg_has_role('pg_read_all_settings', 'usage'), rolname::text
-		from pg_roles where rolname = current_user`).Scan(&superuser, &readsSettings, &role)
-	if err != nil {
-		return fail(err)
-	}
-	if superuser {
-		return nil, nil
-	}
-	quoted := pgx.Identifier{role}.Sanitize()
-	var missing []MissingPrivilege
-	if !readsSettings {
-		missing = append(missing, MissingPrivilege{
-			What: "read all settings", Grant: "GRANT pg_read_all_settings TO " + quoted + ";",
-		})
-	}
-	functions := []string{"pg_backup_start(text,boolean)", "pg_backup_stop(boolean)"}
-	if version < 150000 {
-		functions = []string{"pg_start_backup(text,boolean,boolean)", "pg_stop_backup(boolean,boolean)"}
-	}
-	functions = append(functions, "pg_switch_wal()", "pg_create_restore_point(text)", "pg_control_system()", "pg_control_checkpoint()")
-	if len(alter) > 0 {
-		functions = append(functions, "pg_reload_conf()")
-	}
-	for _, f := range functions {
-		var may bool
-		if err := conn.QueryRow(ctx, "select has_function_privilege($1, 'execute')", "pg_catalog."+f).Scan(&may); err != nil {
-			return fail(err)
-		}
-		if !may {
-			name, _, _ := strings.Cut(f, "(")
-			missing = append(missing, MissingPrivilege{
-				What: "call " + name, Grant: "GRANT EXECUTE ON FUNCTION pg_catalog." + f + " TO " + quoted + ";",
-			})
-		}
-	}
-	for _, name := range alter {
-		if version < 150000 {
-			missing = append(missing, MissingPrivilege{
-				What: "change " + name + " (before PostgreSQL 15 only a superuser can)", Grant: "ALTER ROLE " + quoted + " SUPERUSER;",
-			})
-			continue
-		}
-		var may bool
-		if err := conn.QueryRow(ctx, "select has_parameter_privilege($1, 'alter system')", name).Scan(&may); err != nil {
-			return fail(err)
-		}
-		if !may {
-			missing = append(missing, MissingPrivilege{
-				What: "change " + name, Grant: "GRANT ALTER SYSTEM ON PARAMETER " + name + " TO " + quoted + ";",
-			})
-		}
-	}
-	return missing, nil
 }
 
 var settingName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_.]*$`)
