@@ -73,6 +73,9 @@ func (l *Link) HostKey() string { panic("unimplemented") }
 // String is user@host:port.
 func (l *Link) String() string { panic("unimplemented") }
 
+// MaySudo tells whether the policy lets an account that is not root run commands as root.
+func (l *Link) MaySudo() bool { return l.config.Sudo != SudoNever }
+
 // Close closes the connection and what runs over it. The link can be used again.
 func (l *Link) Close() error { panic("unimplemented") }
 
