@@ -131,8 +131,21 @@ func (w *world) install(provider []byte) {
 	_ = os.RemoveAll(filepath.Join(w.dir, ".terraform"))
 }
 
+// in is the same world for a subtest.
+func (w *world) in(t *testing.T) *world {
+	sub := *w
+	sub.T = t
+	return &sub
+}
+
 // configure writes main.tf: the provider with the given lines inside ssh = { … }, a repository, and what follows.
 func (w *world) configure(ssh, rest string) {
+	w.Helper()
+	w.configureWithKnownHosts(w.net.KnownHosts(), ssh, rest)
+}
+
+// configureWithKnownHosts is configure with a known_hosts file other than the one that knows all guests.
+func (w *world) configureWithKnownHosts(knownHosts, ssh, rest string) {
 	w.Helper()
 	key, _ := w.net.Key()
 	text := fmt.Sprintf(`
@@ -159,7 +172,7 @@ resource "pgark_repository" "main" {
 }
 
 %s
-`, key, w.net.KnownHosts(), ssh, w.s3.Endpoint(), bucket, rest)
+`, key, knownHosts, ssh, w.s3.Endpoint(), bucket, rest)
 	if err := os.WriteFile(filepath.Join(w.dir, "main.tf"), []byte(text), 0o644); err != nil {
 		w.Fatal(err)
 	}
