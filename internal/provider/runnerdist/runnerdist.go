@@ -29,6 +29,7 @@ func (e *MissingError) Error() string {
 }
 
 type unpacked struct {
+	packed []byte
 	binary []byte
 	sha256 string
 	err    error
@@ -42,6 +43,17 @@ var (
 // Binary returns the runner for an architecture, as Go names it ("amd64", "arm64"), and the SHA-256 of the runner in
 // hexadecimal. The bytes are shared: they must not be changed. *MissingError if this build has none.
 func Binary(goarch string) (binary []byte, digest string, err error) {
+	u := cached(goarch)
+	return u.binary, u.sha256, u.err
+}
+
+// Compressed is Binary as it is carried, by gzip; the SHA-256 is that of the binary. What is damaged is not returned.
+func Compressed(goarch string) (packed []byte, digest string, err error) {
+	u := cached(goarch)
+	return u.packed, u.sha256, u.err
+}
+
+func cached(goarch string) unpacked {
 	unpackMu.Lock()
 	defer unpackMu.Unlock()
 	u, ok := cache[goarch]
@@ -49,7 +61,7 @@ func Binary(goarch string) (binary []byte, digest string, err error) {
 		u = unpack(dist, goarch)
 		cache[goarch] = u
 	}
-	return u.binary, u.sha256, u.err
+	return u
 }
 
 // Runner is Binary without the digest.
@@ -78,5 +90,5 @@ func unpack(files fs.FS, goarch string) unpacked {
 		return unpacked{err: fmt.Errorf("unpack the runner for linux/%s: found no ELF binary; run make build", goarch)}
 	}
 	sum := sha256.Sum256(b)
-	return unpacked{binary: b, sha256: hex.EncodeToString(sum[:])}
+	return unpacked{packed: packed, binary: b, sha256: hex.EncodeToString(sum[:])}
 }

@@ -34,14 +34,14 @@ func TestUnpack(t *testing.T) {
 	}
 	u := unpack(files, "amd64")
 	sum := sha256.Sum256([]byte("\x7fELF and the rest"))
-	if u.err != nil || string(u.binary) != "\x7fELF and the rest" || u.sha256 != hex.EncodeToString(sum[:]) {
+	if u.err != nil || string(u.binary) != "\x7fELF and the rest" || u.sha256 != hex.EncodeToString(sum[:]) || !bytes.Equal(u.packed, whole) {
 		t.Errorf("found %+v", u)
 	}
 	for arch, message := range map[string]string{
 		"cut": "unpack the runner for linux/cut: unexpected EOF", "plain": "unpack the runner for linux/plain: ",
 		"foreign": "found no ELF binary",
 	} {
-		if u := unpack(files, arch); u.err == nil || !strings.Contains(u.err.Error(), message) || u.binary != nil {
+		if u := unpack(files, arch); u.err == nil || !strings.Contains(u.err.Error(), message) || u.binary != nil || u.packed != nil {
 			t.Errorf("%s: found %v", arch, u.err)
 		}
 	}
@@ -51,6 +51,9 @@ func TestBinary_missing(t *testing.T) {
 	_, _, err := Binary("s390x")
 	if missing, ok := errors.AsType[*MissingError](err); !ok || missing.Arch != "s390x" {
 		t.Fatalf("found %v, expected a *MissingError", err)
+	}
+	if _, _, err := Compressed("s390x"); !errors.As(err, new(*MissingError)) {
+		t.Errorf("found %v, expected a *MissingError", err)
 	}
 	if expected := "this build contains no runner for linux/s390x; run make build"; err.Error() != expected {
 		t.Errorf("found %q, expected %q", err, expected)
