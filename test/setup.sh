@@ -2,7 +2,8 @@
 # Installs what a target of the GNUmakefile needs and is missing, from apt, npm and Go modules only, and says so.
 #
 #   test/setup.sh demo      PostgreSQL, a Terraform or OpenTofu CLI, an S3 server
-#   test/setup.sh test      the same, every PostgreSQL major, and the tools of the tests
+#   test/setup.sh test      the same, every PostgreSQL major, the guests, and the tools of the tests
+#   test/setup.sh guests    what boots whole Debian systems, and the systems
 #   test/setup.sh lint      golangci-lint
 #   test/setup.sh generate  tfplugindocs and a CLI
 #   test/setup.sh bench     as demo; the peer is fetched by bench/run.sh
@@ -12,7 +13,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 tools="$PWD/.tools"
 mkdir -p "$tools/bin"
-what="${1:?usage: test/setup.sh demo|test|lint|generate|bench}"
+what="${1:?usage: test/setup.sh demo|test|guests|lint|generate|bench}"
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 as_root() {
@@ -66,6 +67,15 @@ need_cli() {
 
 need_s3() { need_go_tool versitygw github.com/versity/versitygw/cmd/versitygw; }
 
+need_guests() {
+  need_command systemd-nspawn systemd-container
+  need_command mmdebstrap mmdebstrap
+  need_command ip iproute2
+  need_command nsenter util-linux
+  [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || apt_install debian-archive-keyring
+  as_root bash test/guests/install.sh "$tools/guests" bookworm trixie
+}
+
 command -v go >/dev/null || { say "Go is missing: install it (https://go.dev/dl) and run this again"; exit 1; }
 
 case "$what" in
@@ -83,6 +93,13 @@ test)
   need_s3
   need_cli
   bash test/pgtest/install.sh "$tools/pg"
+  need_guests
+  ;;
+guests)
+  need_command npm npm
+  need_s3
+  bash test/pgtest/install.sh "$tools/pg"
+  need_guests
   ;;
 lint) need_go_tool golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint ;;
 generate)

@@ -44,6 +44,10 @@ make_root() { # SUITE TARGET
 	local suite=$1 target=$2 main security option line
 	local -a options=() sources=()
 	main=$(mirror Debian)
+	if [[ -z $main ]] && command -v apt-get >/dev/null; then # apt knows labels once it has lists
+		apt-get -qq update >&2 || true
+		main=$(mirror Debian)
+	fi
 	security=$(mirror Debian-Security)
 	if [[ -n $main ]]; then
 		sources+=("deb $main $suite main")
@@ -55,13 +59,14 @@ make_root() { # SUITE TARGET
 		[[ -z $line ]] || options+=("--aptopt=$line")
 	done
 	{ ((${#sources[@]} == 0)) || printf '%s\n' "${sources[@]}"; } >"$target.list"
-	LANG=C.UTF-8 mmdebstrap --quiet --mode=root --variant=minbase --include="$(IFS=,; echo "${packages[*]}")" \
+	LANG=C.UTF-8 mmdebstrap --mode=root --variant=minbase --include="$(IFS=,; echo "${packages[*]}")" \
 		"${options[@]}" --aptopt='Acquire::Languages "none"' \
 		--dpkgopt='force-unsafe-io' --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
 		--dpkgopt='path-exclude=/usr/share/doc/*' \
 		--essential-hook='echo "LANG=C.UTF-8" >"$1/etc/default/locale"' \
-		"$suite" "$target" $( ((${#sources[@]} == 0)) || echo "$target.list")
-	rm -f "$target.list"
+		"$suite" "$target" $( ((${#sources[@]} == 0)) || echo "$target.list") \
+		>"$target.log" 2>&1 || { cat "$target.log" >&2; exit 1; }
+	rm -f "$target.list" "$target.log"
 
 	rm -f "$target"/etc/apt/apt.conf.d/99mmdebstrap "$target"/etc/dpkg/dpkg.cfg.d/99mmdebstrap
 	rm -f "$target"/etc/apt/sources.list.d/*
@@ -92,8 +97,8 @@ make_root() { # SUITE TARGET
 			done
 			kill -TERM -1
 			for ((i = 0; i < 100; i++)); do
-				[[ $(ps -e -o pid= | wc -l) -gt 3 ]] || break
-				sleep 0.1
+				kill -0 -1 2>/dev/null || break
+				read -rt 0.1 <> <(:) || true
 			done
 			exit 0
 		}
@@ -116,22 +121,30 @@ make_root() { # SUITE TARGET
 	chmod 755 "$target"
 }
 
-exec 9<"$dir"
-for suite in "$@"; do
-	target="$dir/$suite-$recipe"
-	[[ ! -e $target ]] || continue
+ensure() { # SUITE
+	local suite=$1 target="$dir/$1-$recipe" making="$dir/.making-$1" old
+	[[ ! -e $target ]] || return 0
 	if [[ $(id -u) != 0 ]]; then
 		echo "$0: making $target needs root" >&2
 		exit 1
 	fi
+	exec 9>"$dir/.lock-$suite"
 	flock 9 # others may be making it
-	[[ ! -e $target ]] || continue
+	[[ ! -e $target ]] || return 0
 	echo "guests: making a Debian $suite system in $target" >&2
-	rm -rf "$dir/.making-$suite"
-	make_root "$suite" "$dir/.making-$suite"
-	mv "$dir/.making-$suite" "$target"
+	rm -rf "$making"
+	make_root "$suite" "$making"
+	mv "$making" "$target"
 	for old in "$dir/$suite"-*; do
 		[[ $old == "$target" ]] || flock -n "$old" rm -rf "$old" || true
 	done
-	flock -u 9
+}
+
+pids=()
+for suite in "$@"; do
+	(ensure "$suite") &
+	pids+=($!)
+done
+for pid in "${pids[@]}"; do
+	wait "$pid"
 done

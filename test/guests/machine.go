@@ -3,6 +3,7 @@
 package guests
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/rand"
@@ -90,19 +91,28 @@ func (n *Network) BootAll(options ...Options) []*Guest {
 	return guests
 }
 
-// install makes the base system unless it is there.
+// install makes the base system unless it is there, and keeps it there while the network is.
 func (n *Network) install(o Options) error {
-	_, err := n.base(o.suite())
-	if !errors.Is(err, fs.ErrNotExist) {
+	dir, err := n.base(o.suite())
+	if err != nil || n.bases[dir] != nil {
 		return err
 	}
-	script := filepath.Join(moduleRoot(n.t), "test", "guests", "install.sh")
-	cmd := exec.CommandContext(n.t.Context(), "bash", script, filepath.Join(n.tools, "guests"), o.suite())
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("make a Debian %s system: %w; \"test/setup.sh guests\" installs what it needs\n%s", o.suite(), err, out)
+	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
+		cmd := exec.CommandContext(n.t.Context(), "bash", n.recipe(), filepath.Dir(dir), o.suite())
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("make a Debian %s system: %w; \"test/setup.sh guests\" installs what it needs\n%s", o.suite(), err, out)
+		}
 	}
-	_, err = n.base(o.suite())
-	return err
+	base, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	n.bases[dir] = base
+	return unix.Flock(int(base.Fd()), unix.LOCK_SH)
+}
+
+func (n *Network) recipe() string {
+	return filepath.Join(moduleRoot(n.t), "test", "guests", "install.sh")
 }
 
 func (o Options) suite() string {
@@ -112,19 +122,17 @@ func (o Options) suite() string {
 	return o.Suite
 }
 
-// base is the directory that install.sh made.
+// base is the directory that install.sh makes.
 func (n *Network) base(suite string) (string, error) {
 	if majors[suite] == 0 {
 		return "", fmt.Errorf("suite %q: expected bookworm or trixie", suite)
 	}
-	recipe, err := os.ReadFile(filepath.Join(moduleRoot(n.t), "test", "guests", "install.sh"))
+	recipe, err := os.ReadFile(n.recipe())
 	if err != nil {
 		return "", err
 	}
 	hash := sha256.Sum256(recipe)
-	dir := filepath.Join(n.tools, "guests", suite+"-"+hex.EncodeToString(hash[:6]))
-	_, err = os.Stat(dir)
-	return dir, err
+	return filepath.Join(n.tools, "guests", suite+"-"+hex.EncodeToString(hash[:6])), nil
 }
 
 func (n *Network) boot(o Options) (g *Guest, err error) {
@@ -425,8 +433,7 @@ func (g *Guest) answers() error {
 	if err := conn.SetDeadline(time.Now().Add(5 * time.Second)); err != nil {
 		return err
 	}
-	greeting := make([]byte, 4)
-	if _, err := conn.Read(greeting); err != nil {
+	if _, err := bufio.NewReader(conn).ReadString('\n'); err != nil {
 		return fmt.Errorf("sshd does not answer: %w", err)
 	}
 	return nil

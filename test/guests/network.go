@@ -61,6 +61,7 @@ type Network struct {
 	guests     []*Guest
 	namespaces []string
 	ports      int
+	bases      map[string]*os.File // base systems in use, locked, so that install.sh leaves them
 }
 
 // NewNetwork makes a network that ends with the test.
@@ -73,6 +74,7 @@ func NewNetwork(t testing.TB) *Network {
 		t:     t,
 		name:  fmt.Sprintf("%s-n%d", owner(), networks.Add(1)),
 		tools: tools(t),
+		bases: make(map[string]*os.File),
 	}
 	t.Cleanup(n.close)
 	if err := n.open(); err != nil {
@@ -257,6 +259,9 @@ func (n *Network) close() {
 	}
 	if err := errors.Join(removeCgroup(n.cgroup), removeTree(n.dir)); err != nil {
 		n.t.Errorf("guests: clean up: %v", err)
+	}
+	for _, base := range n.bases {
+		base.Close()
 	}
 }
 
