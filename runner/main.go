@@ -100,6 +100,7 @@ done, 2 when it was asked wrongly, 3 when a restore cannot reach its target, and
 		newStatusCommand(),
 		newRestoreCommand(),
 		newRetentionCommand(),
+		newGuestCommand(),
 		newVersionCommand(),
 	)
 	return root

@@ -1,0 +1,66 @@
+package remote
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
+)
+
+// RemoveStaged removes the file of the program that runs if it was only brought for this run: it lies in the incoming
+// directory of the library or in a staging directory of its own. Those directories go too, and the library if that
+// leaves it empty. A runner that is deployed, or lies anywhere else, stays. layout is the one that was found by the
+// program's path before: job.FindLayout cannot find it any more.
+func RemoveStaged(layout job.Layout) error {
+	exe, err := os.Executable()
+	if err != nil {
+		return fmt.Errorf("find own binary: %w", err)
+	}
+	return removeStaged(layout, exe)
+}
+
+func removeStaged(layout job.Layout, exe string) error {
+	dir := filepath.Dir(exe)
+	library := ""
+	switch {
+	case filepath.Base(exe) != "pgark":
+		return nil
+	case strings.HasPrefix(filepath.Base(dir), stagePrefix):
+	case filepath.Base(dir) == incoming && filepath.Base(filepath.Dir(dir)) == filepath.Base(layout.LibDirectory()):
+		library = filepath.Dir(dir)
+	default:
+		return nil
+	}
+	ours, err := os.Stat("/proc/self/exe")
+	if err != nil {
+		return fmt.Errorf("find own binary: %w", err)
+	}
+	// What lies there now may be somebody else's, who will run it in a moment.
+	there, err := os.Lstat(exe)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("remove what was brought: %w", err)
+	}
+	if !os.SameFile(ours, there) {
+		return nil
+	}
+	if err := os.Remove(exe); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove what was brought: %w", err)
+	}
+	// Directories that are not empty are in use, and go with whoever uses them.
+	if os.Remove(dir) != nil || library == "" || os.Remove(library) != nil || layout.Root == "" {
+		return nil
+	}
+	for dir := filepath.Dir(library); len(dir) > len(filepath.Clean("/"+layout.Root)); dir = filepath.Dir(dir) {
+		if os.Remove(dir) != nil {
+			break
+		}
+	}
+	return nil
+}
