@@ -34,6 +34,7 @@ type Command struct {
 	Args  []string // quoted for the remote shell; or
 	Shell string   // a script for sh, as it stands
 	Root  bool     // run it as root: by sudo if the policy says so
+	Name  string   // what messages call it; "": as it stands
 
 	// A Shell with Root runs as the account itself: it finds a shell function `asroot PROGRAM [ARGUMENT]…` that runs one
 	// program as root with the script's standard input and output (by sudo -n; by sudo -S where a password is needed,
@@ -62,7 +63,9 @@ func Quote(word string) string {
 // String is the command for messages, bounded.
 func (c Command) String() string {
 	s := c.Shell
-	if len(c.Args) > 0 {
+	if c.Name != "" {
+		s = c.Name
+	} else if len(c.Args) > 0 {
 		s = quoteAll(c.Args)
 	}
 	return printable(s, 200)
