@@ -124,7 +124,8 @@ func TestGuest(t *testing.T) {
 	g.Put("/etc/kept", []byte("it's\n"), 0o640)
 	identity := "cat /etc/machine-id /etc/ssh/ssh_host_ed25519_key.pub; stat -c %a:%U /etc/kept; cat /etc/kept"
 	before := g.Run(identity)
-	for name, again := range map[string]func(){"Reboot": g.Reboot, "Kill": func() { g.Kill(); g.Start() }} {
+	for name, again := range map[string]func(){"Reboot": g.Reboot, "Kill": func() { g.Kill(); g.Start() },
+		"its own command": func() { g.Run("systemctl reboot"); g.Start() }} {
 		begin = time.Now()
 		again()
 		t.Logf("%s: %v", name, time.Since(begin).Round(time.Millisecond))

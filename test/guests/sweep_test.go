@@ -46,7 +46,9 @@ func TestNewNetwork_sweepsLeftovers(t *testing.T) {
 	go func() { ended <- left.Wait() }()
 
 	NewNetwork(t)
-	<-ended
+	if err := <-ended; err == nil {
+		t.Error("the process that was left ended by itself")
+	}
 	for _, path := range []string{group, filepath.Join(os.TempDir(), name+"-1"), filepath.Join(netnsDir, name)} {
 		if _, err := os.Lstat(path); err == nil {
 			t.Errorf("%s is still there", path)
