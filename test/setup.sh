@@ -93,6 +93,7 @@ test)
   need_s3
   need_cli
   bash test/pgtest/install.sh "$tools/pg"
+  [ -x /usr/sbin/sshd ] || apt_install openssh-server
   need_guests
   ;;
 guests)
