@@ -85,6 +85,7 @@ type world struct {
 
 	cli, dir string
 	env      []string
+	provider string // further lines of the provider's block
 }
 
 func newWorld(t *testing.T) *world {
@@ -165,6 +166,7 @@ provider "pgark" {
     endpoint       = %q
     use_path_style = true
   }
+  %s
 }
 
 resource "pgark_repository" "main" {
@@ -172,7 +174,7 @@ resource "pgark_repository" "main" {
 }
 
 %s
-`, key, knownHosts, ssh, w.s3.Endpoint(), bucket, rest)
+`, key, knownHosts, ssh, w.s3.Endpoint(), w.provider, bucket, rest)
 	if err := os.WriteFile(filepath.Join(w.dir, "main.tf"), []byte(text), 0o644); err != nil {
 		w.Fatal(err)
 	}
