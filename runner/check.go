@@ -18,7 +18,7 @@ func newCheckCommand() *cobra.Command {
 		Use:   "check --job JOB",
 		Short: "Check the prerequisites and send a WAL segment the whole way",
 		Long: `check looks whether everything that protects a job's instances is as it has to be: PostgreSQL and its settings, the
-place of the runner, the repository, the clock. If nothing fails, it has each primary finish a WAL segment and waits until
+runner and its place, the repository, the clock. If nothing fails, it has each primary finish a WAL segment and waits until
 that segment is in the repository. Apart from that segment it changes nothing. It exits 0 when every check passes, or only
 warns, and every segment has arrived.
 
@@ -39,8 +39,8 @@ Run it as root or as the owner of the instances.
 				return err
 			}
 			checks, err := guest.Local(t.Layout).Check(cmd.Context(), guest.CheckRequest{
-				// What is deployed is to be as it is now, so nothing may be taken as "will be changed".
 				Job: j, Credentials: keys, Settings: guest.SettingsPolicy{Manage: true, Restart: "never", ExistingArchiveCommand: "fail"},
+				Deployed: true,
 			})
 			if err != nil {
 				return err

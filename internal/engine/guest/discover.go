@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/postgres"
@@ -25,17 +26,29 @@ import (
 // cluster is what is known of an instance before its server is asked.
 type cluster struct {
 	Instance
-	pid         int    // of the postmaster; 0: not running
-	status      string // of the postmaster, as postmaster.pid says
-	debian      string // "15/main" where Debian's tools made it
-	configFile  string // postgresql.conf, where it is known without asking
+	pid         int                  // of the postmaster; 0: not running
+	status      string               // of the postmaster, as postmaster.pid says
+	debian      string               // "15/main" where Debian's tools made it
+	commandLine postgres.CommandLine // how it was started last, as far as that is known
+	configFile  string               // postgresql.conf, where it is known without asking
+	hbaFile     string
+	identFile   string
 	clusterName string
+	managers    []clusterManager
 	problem     string // why something could not be read
 }
 
-// Discover finds running servers by their processes, and stopped ones where packages of Debian and Red Hat put clusters
-// and where a job file says that one is. An instance's name is its major version and the name of the cluster: the one
-// that a job on this guest knows it by, else Debian's, else the part of cluster_name behind the last slash, else its port.
+// The time that a server has to answer. One that hangs keeps nobody from seeing the others.
+const (
+	discoverTimeout = 5 * time.Second
+	sizesTimeout    = 3 * time.Second // a part of discoverTimeout: every file of every database is looked at
+	checkTimeout    = 10 * time.Second
+)
+
+// Discover finds running servers by their processes, and stopped ones where packages of Debian and Red Hat put clusters,
+// where a systemd unit starts one, and where a job file says that one is. An instance's name is its major version and the
+// name of the cluster: the one that a job on this guest knows it by, else Debian's, else the part of cluster_name behind
+// the last slash, else its port. A server is asked as the role of the job that protects it, else as its owner.
 func (g *local) Discover(ctx context.Context) ([]Instance, error) {
 	clusters, err := g.clusters(ctx)
 	if err != nil {
@@ -44,23 +57,89 @@ func (g *local) Discover(ctx context.Context) ([]Instance, error) {
 	out := make([]Instance, len(clusters))
 	for i, c := range clusters {
 		out[i] = c.Instance
-		s, err := inspect(ctx, c)
-		if err != nil {
-			if ctx.Err() != nil {
-				return nil, context.Cause(ctx)
-			}
-			continue // it runs, or does not, and keeps its counsel; Check says why
-		}
-		out[i].VersionNumber = s.VersionNumber
-		out[i].Role = s.role()
-		out[i].ArchiveMode = s.Setting("archive_mode")
-		out[i].WALLevel = s.Setting("wal_level")
-		out[i].SizeBytes = s.inventory.SizeBytes()
+	}
+	eachServer(ctx, clusters, discoverTimeout, func(ctx context.Context, n int) error { return out[n].ask(ctx) }, func(n int, err error) {
+		out[n].Problem = err.Error()
+	})
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
 	}
 	return out, nil
 }
 
-// clusters finds all clusters, named, in order of name.
+// ask fills in what only the server knows.
+func (i *Instance) ask(ctx context.Context) error {
+	conn, err := connect(ctx, i.Instance)
+	if err != nil {
+		return err
+	}
+	defer closeNow(conn)
+	s, err := postgres.ReadServer(ctx, conn)
+	if err != nil {
+		return err
+	}
+	command, err := readArchiveCommand(ctx, conn)
+	if err != nil {
+		return err
+	}
+	holds, err := postgres.ReadInventory(ctx, conn, sizesTimeout)
+	if err != nil {
+		return err
+	}
+	i.VersionNumber, i.Role = s.VersionNumber, role(s)
+	i.ArchiveMode, i.WALLevel, i.ArchiveLibrary = s.Setting("archive_mode"), s.Setting("wal_level"), s.Setting("archive_library")
+	if !isNoCommand(command) {
+		i.ArchiveCommand = programName(command)
+	}
+	i.SizeBytes = holds.SizeBytes()
+	for _, d := range holds.Databases {
+		if !d.Template {
+			i.Databases = append(i.Databases, d.Name)
+		}
+	}
+	for _, t := range holds.Tablespaces {
+		i.Tablespaces = append(i.Tablespaces, Tablespace{Name: t.Name, Location: t.Location})
+	}
+	i.Extensions, i.Followers = holds.Extensions, holds.Followers
+	return nil
+}
+
+// eachServer asks those of the clusters that run, side by side and each for a limited time, and reports what went wrong.
+// Each call has its own cluster, by its number.
+func eachServer(ctx context.Context, clusters []cluster, limit time.Duration, ask func(context.Context, int) error, failed func(int, error)) {
+	var group errgroup.Group
+	group.SetLimit(16) // each is one connection, to a server of its own
+	for n, c := range clusters {
+		if !c.Running {
+			continue
+		}
+		group.Go(func() error {
+			bounded, cancel := context.WithTimeout(ctx, limit)
+			defer cancel()
+			err := ask(bounded, n)
+			if err != nil && bounded.Err() != nil && ctx.Err() == nil {
+				err = &silentError{pid: c.pid, waited: limit}
+			}
+			if err != nil {
+				failed(n, err)
+			}
+			return nil
+		})
+	}
+	_ = group.Wait() // nothing above returns an error
+}
+
+// silentError says that a server which runs does not answer.
+type silentError struct {
+	pid    int
+	waited time.Duration
+}
+
+func (e *silentError) Error() string {
+	return fmt.Sprintf("the server (process %d) did not answer within %v", e.pid, e.waited)
+}
+
+// clusters finds all clusters, named, in order of name. It asks no server: a name must not depend on whether one answers.
 func (g *local) clusters(ctx context.Context) ([]cluster, error) {
 	jobs, err := g.jobs()
 	if err != nil {
@@ -82,6 +161,7 @@ func (g *local) clusters(ctx context.Context) ([]cluster, error) {
 		}
 		known.debian = cmp.Or(known.debian, c.debian)
 		known.configFile = cmp.Or(known.configFile, c.configFile)
+		known.Service = cmp.Or(known.Service, c.Service)
 	}
 	for _, j := range jobs {
 		for _, i := range j.Protected {
@@ -89,6 +169,7 @@ func (g *local) clusters(ctx context.Context) ([]cluster, error) {
 				i.DataDirectory = dir
 			}
 			names[i.DataDirectory] = i.Name
+			i.DatabaseUser = cmp.Or(j.DatabaseUser, i.DatabaseUser)
 			add(cluster{Instance: Instance{Instance: i}})
 		}
 	}
@@ -101,6 +182,16 @@ func (g *local) clusters(ctx context.Context) ([]cluster, error) {
 			add(cluster{Instance: Instance{Instance: job.Instance{DataDirectory: filepath.Dir(f)}}})
 		}
 	}
+	for _, u := range g.databaseUnits() {
+		c := cluster{Instance: Instance{Instance: job.Instance{DataDirectory: u.directory}, Service: u.name}}
+		if file := filepath.Join(u.directory, "postgresql.conf"); isFile(file) {
+			c.configFile = file
+			if dir, ok := confSetting(readConfFile(file), "data_directory"); ok && filepath.IsAbs(dir) {
+				c.DataDirectory = dir // the unit names the directory of the configuration
+			}
+		}
+		add(c)
+	}
 	running, err := runningDirectories()
 	if err != nil {
 		return nil, err
@@ -109,17 +200,32 @@ func (g *local) clusters(ctx context.Context) ([]cluster, error) {
 		add(cluster{Instance: Instance{Instance: job.Instance{DataDirectory: dir}}})
 	}
 
+	managing := findManagers()
 	var out []cluster
 	for _, c := range byDirectory {
-		c.fill(ctx)
+		c.fill()
 		if n, ok := names[c.DataDirectory]; ok {
 			c.Name = n
+		}
+		for _, m := range managing {
+			if m.manages(c) {
+				c.managers = append(c.managers, m)
+				c.Manager = cmp.Or(c.Manager, m.name)
+			}
 		}
 		out = append(out, *c)
 	}
 	nameClusters(out, names)
 	slices.SortFunc(out, func(a, b cluster) int { return cmp.Compare(a.Name, b.Name) })
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
 	return out, nil
+}
+
+func isFile(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.Mode().IsRegular()
 }
 
 // jobs reads the job files. One that cannot be read names nothing; State says what is wrong with it.
@@ -147,15 +253,14 @@ func (g *local) debianClusters() []cluster {
 		name := filepath.Base(filepath.Dir(f))
 		major := filepath.Base(filepath.Dir(filepath.Dir(f)))
 		c := cluster{debian: major + "/" + name, configFile: f}
-		b, err := os.ReadFile(f)
-		if err != nil {
-			continue
-		}
-		dir, ok := confSetting(parseConf(string(b)), "data_directory")
+		dir, ok := confSetting(readConfFile(f), "data_directory")
 		if !ok {
 			dir = filepath.Join("/var/lib/postgresql", major, name)
 		}
 		c.DataDirectory = dir
+		if slices.ContainsFunc(unitDirectories, func(dir string) bool { return isFile(g.systemPath(dir + "/postgresql@.service")) }) {
+			c.Service = "postgresql@" + major + "-" + name + ".service"
+		}
 		out = append(out, c)
 	}
 	return out
@@ -203,7 +308,7 @@ func runningDirectories() ([]string, error) {
 }
 
 // fill reads what the data directory tells.
-func (c *cluster) fill(ctx context.Context) {
+func (c *cluster) fill() {
 	note := func(err error) {
 		if c.problem == "" {
 			c.problem = err.Error()
@@ -233,41 +338,55 @@ func (c *cluster) fill(ctx context.Context) {
 	if c.Running = running; running {
 		c.pid, c.status = postmaster.PID, postmaster.Status
 		c.Port, c.SocketDirectory = postmaster.Port, postmaster.SocketDirectory
-		if c.SocketDirectory != "" && !filepath.IsAbs(c.SocketDirectory) {
+		// A name that begins with @ is no path, but one of Linux's abstract sockets.
+		if c.SocketDirectory != "" && !filepath.IsAbs(c.SocketDirectory) && c.SocketDirectory[0] != '@' {
 			c.SocketDirectory = filepath.Join(c.DataDirectory, c.SocketDirectory)
 		}
+		c.Service = cmp.Or(serviceOf(c.pid), c.Service)
 	}
 	c.readConf()
-	if running && c.debian == "" {
-		// What the server was started with counts: cluster_name may stand on its command line.
-		if conn, err := connect(ctx, c.Instance.Instance); err == nil {
-			defer closeNow(conn)
-			if s, err := postgres.ReadSettings(ctx, conn, "cluster_name"); err == nil {
-				c.clusterName = s["cluster_name"].Value
-			}
-		}
-	}
 }
 
-// readConf guesses from the configuration files what a server that runs would tell.
+// readConf reads, of the configuration files and of how the server was started last, what names the cluster, and what a
+// server that runs would tell.
 func (c *cluster) readConf() {
-	var lines []confLine
-	for _, f := range []string{cmp.Or(c.configFile, filepath.Join(c.DataDirectory, "postgresql.conf")), autoConf(c.DataDirectory)} {
-		if b, err := os.ReadFile(f); err == nil {
-			lines = append(lines, parseConf(string(b))...)
-		}
+	c.commandLine, _ = postgres.ReadCommandLine(c.DataDirectory) // of a server that never ran there is none
+	started := c.commandLine.Settings["config_file"]
+	if started == "" && filepath.IsAbs(c.commandLine.Directory) {
+		started = filepath.Join(c.commandLine.Directory, "postgresql.conf")
 	}
-	c.clusterName, _ = confSetting(lines, "cluster_name")
+	switch {
+	case c.Running && filepath.IsAbs(started):
+		c.configFile = started
+	case c.configFile == "" && filepath.IsAbs(started) && isFile(started):
+		c.configFile = started
+	case c.configFile == "":
+		c.configFile = filepath.Join(c.DataDirectory, "postgresql.conf")
+	}
+	lines := append(readConfFile(c.configFile), readConfFile(autoConf(c.DataDirectory))...)
+	setting := func(name string) string {
+		if v, ok := c.commandLine.Settings[name]; ok {
+			return v
+		}
+		v, _ := confSetting(lines, name)
+		return v
+	}
+	file := func(name, standard string) string {
+		if path := setting(name); filepath.IsAbs(path) {
+			return path
+		}
+		return filepath.Join(filepath.Dir(c.configFile), standard)
+	}
+	c.hbaFile, c.identFile = file("hba_file", "pg_hba.conf"), file("ident_file", "pg_ident.conf")
+	c.clusterName = setting("cluster_name")
 	if c.Running {
 		return
 	}
-	if text, ok := confSetting(lines, "port"); ok {
-		if port, err := strconv.Atoi(text); err == nil {
-			c.Port = port
-		}
+	if port, err := strconv.Atoi(setting("port")); err == nil {
+		c.Port = port
 	}
 	c.Port = cmp.Or(c.Port, 5432)
-	if dirs, ok := confSetting(lines, "unix_socket_directories"); ok {
+	if dirs := setting("unix_socket_directories"); dirs != "" {
 		first, _, _ := strings.Cut(dirs, ",")
 		c.SocketDirectory = strings.Trim(strings.TrimSpace(first), `"`)
 	}
@@ -306,30 +425,42 @@ func nameClusters(clusters []cluster, known map[string]string) {
 	}
 }
 
-// connect reaches an instance's server, and makes sure that it is the instance's: another cluster may have its port now.
-func connect(ctx context.Context, i job.Instance) (*pgx.Conn, error) {
+// dial reaches the server at an instance's socket, whichever that is.
+func dial(ctx context.Context, i job.Instance) (*pgx.Conn, error) {
 	if i.SocketDirectory == "" {
 		return nil, errNoSocket
 	}
-	conn, err := postgres.Connect(ctx, postgres.ConnectOptions{
+	return postgres.Connect(ctx, postgres.ConnectOptions{
 		SocketDirectory: i.SocketDirectory, Port: i.Port, User: i.DatabaseUser, Owner: i.Owner,
 	})
+}
+
+// connect reaches an instance's server, and makes sure that it is the instance's: another cluster may have its port now.
+func connect(ctx context.Context, i job.Instance) (*pgx.Conn, error) {
+	conn, err := dial(ctx, i)
 	if err != nil {
 		return nil, err
 	}
+	if err := verify(ctx, conn, i); err != nil {
+		closeNow(conn)
+		return nil, err
+	}
+	return conn, nil
+}
+
+// verify makes sure that it is the instance's server that answers.
+func verify(ctx context.Context, conn *pgx.Conn, i job.Instance) error {
 	if i.SystemID == 0 {
-		return conn, nil
+		return nil
 	}
 	var bits int64
 	if err := conn.QueryRow(ctx, "select system_identifier from pg_catalog.pg_control_system()").Scan(&bits); err != nil {
-		closeNow(conn)
-		return nil, fmt.Errorf("which cluster answers at port %d in %s: %w", i.Port, i.SocketDirectory, err)
+		return fmt.Errorf("which cluster answers at port %d in %s: %w", i.Port, i.SocketDirectory, err)
 	}
 	if found := postgres.SystemID(bits); found != i.SystemID {
-		closeNow(conn)
-		return nil, &otherClusterError{instance: i, found: found}
+		return &otherClusterError{instance: i, found: found}
 	}
-	return conn, nil
+	return nil
 }
 
 var errNoSocket = errors.New("the server listens on no unix socket (unix_socket_directories is empty)")
@@ -351,52 +482,3 @@ func closeNow(conn *pgx.Conn) {
 	defer cancel()
 	_ = conn.Close(ctx)
 }
-
-// inspected is what a running server tells, for the checks.
-type inspected struct {
-	*postgres.Server
-	archiveCommand string // as it is set: pg_settings shows "(disabled)" while archive_mode is off
-	missing        []postgres.MissingPrivilege
-	fileProblems   []postgres.FileProblem
-	inventory      *postgres.Inventory
-}
-
-func (s *inspected) role() string {
-	if s.InRecovery {
-		return "replica"
-	}
-	return "primary"
-}
-
-// inspect asks the cluster's server; an error of postgres.Connect if it is not there.
-func inspect(ctx context.Context, c cluster) (*inspected, error) {
-	if !c.Running {
-		return nil, errNotRunning
-	}
-	conn, err := connect(ctx, c.Instance.Instance)
-	if err != nil {
-		return nil, err
-	}
-	defer closeNow(conn)
-	s := &inspected{}
-	if s.Server, err = postgres.ReadServer(ctx, conn); err != nil {
-		return nil, err
-	}
-	if s.inventory, err = postgres.ReadInventory(ctx, conn, 2*time.Second); err != nil {
-		return nil, err
-	}
-	if s.archiveCommand, err = readArchiveCommand(ctx, conn); err != nil {
-		return nil, err
-	}
-	if s.missing, err = postgres.MissingPrivileges(ctx, conn, "archive_command"); err != nil {
-		return nil, err
-	}
-	if s.Superuser {
-		if s.fileProblems, err = postgres.FileProblems(ctx, conn); err != nil {
-			return nil, err
-		}
-	}
-	return s, nil
-}
-
-var errNotRunning = errors.New("PostgreSQL is not running")

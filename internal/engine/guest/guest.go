@@ -91,9 +91,10 @@ const (
 	Fail Status = "fail"
 )
 
-// Check is one prerequisite. Those of the machine come first, without an instance. Its name is stable: archive_mode, archive_command, archive_library, wal_level,
-// full_page_writes, postgresql_version, postgresql_running, temporary_folder, executable_place, operating_system, role,
-// cluster_manager, security_module, privileges, repository_reachable, clock.
+// Check is one prerequisite. Those of the machine come first, without an instance. Its name is stable: operating_system,
+// executable_place, temporary_folder, cluster_manager, security_module, clock, repository_reachable; postgresql_version,
+// postgresql_running, privileges, role, archive_mode, archive_command, archive_library, wal_level, full_page_writes, and,
+// of a job that is deployed, runner.
 type Check struct {
 	Name     string `json:"name"`
 	Instance string `json:"instance,omitempty"`
@@ -108,6 +109,10 @@ type CheckRequest struct {
 	Job         *job.Job // Protected may be empty: it is resolved from Instances
 	Credentials *objectstore.Credentials
 	Settings    SettingsPolicy
+
+	// Deployed: the job is in place and has to be as it was deployed. What Apply would mend fails, too, and the runners are
+	// looked at.
+	Deployed bool
 }
 
 // SettingsPolicy is guest_settings.

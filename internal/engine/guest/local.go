@@ -17,7 +17,10 @@ import (
 )
 
 // local is the machine that this process runs on. It holds nothing: every call looks anew.
-type local struct{ layout job.Layout }
+type local struct {
+	layout job.Layout
+	kernel string // root of /proc/<pid>/attr and /sys, for tests; "": the machine's
+}
 
 var _ Guest = (*local)(nil)
 

@@ -15,6 +15,8 @@ var (
 	ErrAccess = errors.New("access denied")
 	// ErrRegion says that the bucket lies in another region than the one declared.
 	ErrRegion = errors.New("wrong region")
+	// ErrClock says, beside ErrAccess, that the store refused because of the time of a request.
+	ErrClock = errors.New("the clocks differ")
 )
 
 // Error is a failed call of a store.

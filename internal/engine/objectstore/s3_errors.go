@@ -151,7 +151,7 @@ func (s *s3Store) serverError(op, key string, status int, code, message, request
 	case "ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired":
 		return is(ErrAccess, "renew the session token")
 	case "RequestTimeTooSkewed":
-		return is(ErrAccess, "this machine's clock differs too much from the store's: set it right")
+		return is(fmt.Errorf("%w: %w", ErrAccess, ErrClock), "this machine's clock differs too much from the store's: set it right")
 	}
 	switch {
 	case slices.Contains(transientCodes, code):

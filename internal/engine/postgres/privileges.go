@@ -57,7 +57,7 @@ func grantReadSettings(role string) string { return "GRANT pg_read_all_settings 
 // run in the database postgres: for backups, for WAL shipping, and, since 15, for ALTER SYSTEM of the given settings (and a
 // reload, if there are any). Running them twice does no harm.
 func Grants(major int, role string, alter ...string) []string {
-	quoted := quoteRole(role)
+	quoted := QuoteRole(role)
 	if major < alterSystemByGrant {
 		alter = nil
 	}
@@ -75,7 +75,7 @@ func Grants(major int, role string, alter ...string) []string {
 
 // CreateRole are the statements that make a role which may log in, if there is none, or let one log in that may not.
 func CreateRole(role string) []string {
-	quoted := quoteRole(role)
+	quoted := QuoteRole(role)
 	return []string{
 		"DO 'BEGIN CREATE ROLE " + strings.ReplaceAll(quoted, "'", "''") + "; EXCEPTION WHEN duplicate_object THEN NULL; END'",
 		"ALTER ROLE " + quoted + " LOGIN",
@@ -84,11 +84,11 @@ func CreateRole(role string) []string {
 
 // GrantConnect is the statement that lets a role connect to the database postgres.
 func GrantConnect(role string) string {
-	return "GRANT CONNECT ON DATABASE postgres TO " + quoteRole(role)
+	return "GRANT CONNECT ON DATABASE postgres TO " + QuoteRole(role)
 }
 
-// quoteRole quotes a role's name only where it has to be: people read it.
-func quoteRole(role string) string {
+// QuoteRole quotes a role's name for SQL, and only where it has to be: people read it.
+func QuoteRole(role string) string {
 	for i, c := range []byte(role) {
 		if c >= 'a' && c <= 'z' || c == '_' || i > 0 && c >= '0' && c <= '9' {
 			continue
@@ -122,7 +122,7 @@ func MissingPrivileges(ctx context.Context, conn *pgx.Conn, alter ...string) ([]
 	if superuser {
 		return nil, nil
 	}
-	quoted := quoteRole(role)
+	quoted := QuoteRole(role)
 	var missing []MissingPrivilege
 	if !readsSettings {
 		missing = append(missing, MissingPrivilege{What: "read all settings", Grant: grantReadSettings(quoted)})
@@ -187,4 +187,10 @@ func RefusalOf(err error) Refusal {
 		return RefusedConnections
 	}
 	return NotRefused
+}
+
+// IsDenied tells whether a server refused a statement because our role lacks a privilege.
+func IsDenied(err error) bool {
+	var pg *pgconn.PgError
+	return errors.As(err, &pg) && pg.Code == "42501"
 }

@@ -1,0 +1,192 @@
+//go:build linux
+
+package guest
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/pgark/terraform-provider-pgark/internal/engine/postgres"
+)
+
+// roomForRunners is what has to be free where the runner's binary goes: the one that runs and its successor, beside each
+// other while one is replaced.
+const roomForRunners = 64 << 20
+
+func (e *examination) operatingSystem() {
+	c := Check{Name: "operating_system", Status: Pass, Found: "Linux", Expected: "Linux"}
+	var u unix.Utsname
+	if err := unix.Uname(&u); err == nil {
+		c.Found = "Linux " + unix.ByteSliceToString(u.Release[:]) + ", " + unix.ByteSliceToString(u.Machine[:])
+	}
+	e.add(c)
+}
+
+func (e *examination) executablePlace() {
+	lib := e.g.layout.LibDirectory()
+	c := Check{Name: "executable_place", Status: Pass, Found: lib, Expected: "a directory where programs can be put, and run by the owner of PostgreSQL"}
+	for _, dir := range []string{existing(lib), existing(filepath.Dir(e.g.layout.BinaryLink()))} {
+		if found, remedy := e.judgePlace(dir, lib); found != "" {
+			c.Status, c.Found, c.Remedy = Fail, found, remedy
+			break
+		}
+	}
+	e.add(c)
+}
+
+// judgePlace says what is wrong with a directory that programs are to lie in; "" if nothing is.
+func (e *examination) judgePlace(dir, lib string) (found, remedy string) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return fmt.Sprintf("%s: %v", dir, err), "see why " + dir + " cannot be looked at; stat -f " + word(dir) + " shows the same"
+	}
+	if st.Flags&unix.ST_RDONLY != 0 {
+		return dir + " is on a file system that is mounted read-only", remount(dir, "rw")
+	}
+	if st.Flags&unix.ST_NOEXEC != 0 {
+		return dir + " is on a file system that is mounted noexec", remount(dir, "exec")
+	}
+	for _, o := range e.owners() {
+		// What does not exist yet is made for everybody to pass.
+		if blocked, err := o.mayReach(filepath.Join(dir, "pgark")); err == nil && blocked != "" {
+			return fmt.Sprintf("%s may not pass %s on the way to %s", o, blocked, lib), sudo() + "chmod o+x " + word(blocked)
+		}
+	}
+	if _, err := os.Stat(e.g.layout.BinaryLink()); err == nil {
+		return "", "" // deployed: the owner of an instance, who may look, need not write
+	}
+	if err := unix.Access(dir, unix.W_OK|unix.X_OK); err != nil {
+		return dir + " is not writable for the user that deploys pgark", e.becomeRoot()
+	}
+	if free := int64(st.Bavail) * st.Bsize; free < roomForRunners {
+		return fmt.Sprintf("%s has %s free, expected %s", dir, bytesText(free), bytesText(roomForRunners)), fullRemedy(dir)
+	}
+	return "", ""
+}
+
+// fullRemedy shows what fills a file system: which of it may go is not ours to say.
+func fullRemedy(dir string) string {
+	return "# free space there; this shows what takes it:\n" + sudo() + "du -xh $(findmnt -no TARGET -T " + word(dir) + ") | sort -h | tail -n 20"
+}
+
+// becomeRoot says how the user who deploys gets the right to.
+func (e *examination) becomeRoot() string {
+	name := strconv.Itoa(os.Geteuid())
+	if u, err := user.Current(); err == nil {
+		name = u.Username
+	}
+	lib := e.g.layout.LibDirectory()
+	lines := []string{
+		name + " ALL=(root) NOPASSWD: /usr/bin/install -D -m 0755 /dev/stdin " + lib + "/incoming/pgark",
+		name + " ALL=(root) NOPASSWD: " + lib + "/*/pgark guest",
+	}
+	return "# over SSH: log in as root, or let " + name + " use sudo (provider: ssh = { sudo = \"auto\" }) with these lines, written by root:\n" +
+		"printf '%s\\n' '" + lines[0] + "' '" + lines[1] + "' | install -m 0440 /dev/stdin /etc/sudoers.d/pgark\n" +
+		"# on this machine itself (connection type \"local\"): run terraform, or pgark, as root"
+}
+
+func (e *examination) temporaryFolder() {
+	folder, limit := e.job.WAL.TempFolder, e.job.WAL.TempFolderLimit
+	c := Check{Name: "temporary_folder", Status: Pass, Found: folder, Expected: "none declared: WAL waits in pg_wal while the repository is away"}
+	if folder == "" {
+		c.Found = "none"
+		e.add(c)
+		return
+	}
+	need := int64(2 * postgres.DefaultSegmentSize)
+	for _, cl := range e.clusters {
+		need = max(need, 2*int64(cl.WALSegment))
+	}
+	need = max(need, limit)
+	c.Expected = fmt.Sprintf("a directory that the owner of PostgreSQL may write to, with %s free", bytesText(need))
+	fail := func(found, remedy string) { c.Status, c.Found, c.Remedy = Fail, found, remedy }
+	owner := "postgres"
+	if owners := e.owners(); len(owners) > 0 {
+		owner = owners[0].String()
+	}
+	create := fmt.Sprintf("%sinstall -d -o %s -m 0700 %s", sudo(), owner, word(folder))
+	info, err := os.Stat(folder)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		if above := existing(folder); !readOnly(above) {
+			fail(folder+" does not exist", create)
+		} else {
+			fail(folder+" does not exist, and "+above+" is on a file system that is mounted read-only", remount(above, "rw")+" && "+create)
+		}
+	case err != nil:
+		fail(err.Error(), "name another directory in wal.temp_folder, or see why this one cannot be looked at")
+	case !info.IsDir():
+		fail(folder+" is no directory", "name a directory in wal.temp_folder")
+	case readOnly(folder):
+		fail(folder+" is on a file system that is mounted read-only", remount(folder, "rw"))
+	default:
+		for _, o := range e.owners() {
+			if blocked, err := o.mayReach(folder); err == nil && blocked != "" {
+				fail(fmt.Sprintf("%s may not pass %s", o, blocked), sudo()+"chmod o+x "+word(blocked))
+			} else if !o.may(info, mayRead|mayWrite|mayExecute) {
+				fail(fmt.Sprintf("%s belongs to %s with mode %04o; %s may not write to it", folder, ownerOf(info), info.Mode().Perm(), o),
+					fmt.Sprintf("%schown %s %s && %schmod u+rwx %s", sudo(), o, word(folder), sudo(), word(folder)))
+			}
+		}
+		if c.Status == Pass {
+			e.roomInFolder(&c, folder, need)
+		}
+	}
+	e.add(c)
+}
+
+func (e *examination) roomInFolder(c *Check, folder string, need int64) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(folder, &st); err != nil {
+		c.Status, c.Found, c.Remedy = Fail, fmt.Sprintf("%s: %v", folder, err), "name another directory in wal.temp_folder"
+		return
+	}
+	free := int64(st.Bavail) * st.Bsize
+	c.Found = fmt.Sprintf("%s with %s free", folder, bytesText(free))
+	switch {
+	case free < need:
+		c.Status, c.Remedy = Fail, fullRemedy(folder)+"\n# or name another wal.temp_folder, or lower wal.temp_folder_limit"
+	case st.Files > 0 && st.Ffree < 64: // file systems without a table of inodes say 0 of both
+		c.Status, c.Found, c.Remedy = Fail, c.Found+", and no inodes", fullRemedy(folder)+"\n# or name another wal.temp_folder"
+	}
+}
+
+// readOnly tells whether a path lies on a file system that is mounted read-only.
+func readOnly(path string) bool {
+	var st unix.Statfs_t
+	return unix.Statfs(path, &st) == nil && st.Flags&unix.ST_RDONLY != 0
+}
+
+func (e *examination) clusterManager() {
+	c := Check{Name: "cluster_manager", Status: Pass, Found: "none", Expected: "none: this build does not follow a switch to another machine"}
+	var found, names []string
+	for _, cl := range e.clusters {
+		for _, m := range cl.managers {
+			found = append(found, fmt.Sprintf("%s (process %d) manages %s", m.name, m.pid, cl.Name))
+			names = append(names, m.name)
+		}
+	}
+	if len(found) > 0 {
+		c.Status, c.Found = Warn, strings.Join(found, ", ")
+		c.Remedy = "leave archive_mode, archive_command and archive_library out of what " + names[0] + " manages; when another machine becomes the primary, WAL comes from there no more"
+	}
+	e.add(c)
+}
+
+func bytesText(n int64) string {
+	switch {
+	case n >= 1<<30:
+		return fmt.Sprintf("%.1f GiB", float64(n)/(1<<30))
+	case n >= 1<<20:
+		return fmt.Sprintf("%.0f MiB", float64(n)/(1<<20))
+	}
+	return fmt.Sprintf("%d bytes", n)
+}
