@@ -3,6 +3,7 @@
 package guest
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -10,8 +11,11 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
@@ -34,8 +38,12 @@ type application struct {
 	owner map[string]account // by instance
 	repo  *repository.Repository
 
-	changed change
-	done    []string
+	before   *snapshot
+	deployed *deployed
+	leaving  []string // instances that were protected and are not any more
+	proven   bool     // what was deployed works: nothing is taken back any more
+	changed  difference
+	done     []string
 }
 
 // Apply implements Guest. It begins with the prerequisite checks: while one fails, nothing is changed.
@@ -47,9 +55,6 @@ func (g *local) Apply(ctx context.Context, d Deployment) (*State, error) {
 	}
 	if j.WAL.Transport == "log_shipping_servers" || len(j.WAL.LogShippingServers) > 0 {
 		return nil, fmt.Errorf("job %s: log shipping servers are not in this build; wal.transport \"automatic\" and \"direct\" are", j.Name)
-	}
-	if len(d.Runner) == 0 {
-		return nil, fmt.Errorf("job %s: no runner was given to deploy", j.Name)
 	}
 	exam, err := g.examine(ctx, CheckRequest{Job: &j, Credentials: d.Credentials, Settings: d.Settings})
 	if err != nil {
@@ -68,24 +73,20 @@ func (g *local) Apply(ctx context.Context, d Deployment) (*State, error) {
 		return nil, fmt.Errorf("job %s: %w", j.Name, err)
 	}
 	defer unlock()
-	_, err = g.State(ctx, j.Name)
-	fresh := errors.Is(err, ErrNoJob)
-	if err != nil && !fresh {
+	fresh, previous, err := g.previous(j.Name)
+	if err != nil {
 		return nil, err
 	}
 
-	a := &application{g: g, d: d, job: &j, exam: exam, owner: map[string]account{}}
+	a := &application{g: g, d: d, job: &j, exam: exam, owner: map[string]account{}, deployed: &deployed{Format: 1, Units: map[string]string{}}}
+	if a.before, err = g.snapshot(ctx, j.Name, previous); err != nil {
+		return nil, fmt.Errorf("job %s: read what is deployed: %w", j.Name, err)
+	}
 	step, err := a.run(ctx)
 	if err != nil {
 		failure := &ApplyError{Job: j.Name, Step: step, Done: a.done, Err: err}
-		if fresh {
-			back, cancel := context.WithTimeout(context.WithoutCancel(ctx), rollbackTimeout)
-			defer cancel()
-			if err := g.remove(back, j.Name); err != nil {
-				failure.Err = errors.Join(failure.Err, fmt.Errorf("and putting everything back: %w", err))
-			} else {
-				failure.RolledBack = true
-			}
+		if !a.proven {
+			a.undo(ctx, fresh, failure)
 		}
 		var owned *repository.OwnedError
 		if errors.As(err, &owned) && failure.RolledBack {
@@ -94,6 +95,25 @@ func (g *local) Apply(ctx context.Context, d Deployment) (*State, error) {
 		return nil, failure
 	}
 	return g.State(ctx, j.Name)
+}
+
+// previous reads the job file as it is deployed; nil if there is none, or it cannot be read. fresh: the guest holds nothing
+// of the job.
+func (g *local) previous(name string) (fresh bool, previous *job.Job, err error) {
+	previous, err = job.Load(g.layout, name)
+	if err == nil {
+		return false, previous, nil
+	}
+	if errors.Is(err, fs.ErrPermission) {
+		return false, nil, err // not seen is not gone
+	}
+	absent := errors.Is(err, fs.ErrNotExist)
+	instances, err := g.instancesOf(name, nil)
+	if err != nil {
+		return false, nil, err
+	}
+	credentials, err := exists(g.layout.CredentialsFile(name))
+	return absent && !credentials && len(instances) == 0, nil, err
 }
 
 // run takes the steps in an order in which each can fail without harm: PostgreSQL is told of the runner only when the
@@ -118,10 +138,13 @@ func (a *application) run(ctx context.Context) (step string, err error) {
 	}
 	for _, i := range a.job.Protected {
 		step = "start the runner of " + i.Name
-		if err := a.g.ensureRunner(ctx, a.job, i, a.owner[i.Name], a.changed); err != nil {
+		if err := a.ensureRunner(ctx, i); err != nil {
 			return step, err
 		}
 		a.done = append(a.done, step)
+	}
+	if err := a.g.writeDeployed(a.job.Name, a.deployed); err != nil {
+		return "write the job's files", err
 	}
 	if a.d.Settings.Manage {
 		for _, i := range a.job.Protected {
@@ -138,11 +161,18 @@ func (a *application) run(ctx context.Context) (step string, err error) {
 			return step, err
 		}
 	}
-	a.removeOldBinaries()
+	a.proven = true
+	a.g.removeOldBinaries()
+	for _, name := range a.leaving {
+		step = "let go of " + name
+		if err := a.g.letGo(ctx, a.job.Name, name, knownInstance(a.before.job, name)); err != nil {
+			return step, err
+		}
+	}
 	return "", nil
 }
 
-// resolve settles what is protected, and lets go of what was and is not any more.
+// resolve settles what is protected, and what was and is not any more.
 func (a *application) resolve(ctx context.Context) error {
 	a.job.Protected = nil
 	var first account
@@ -154,8 +184,9 @@ func (a *application) resolve(ctx context.Context) error {
 		if len(a.job.Protected) == 0 {
 			first = owner
 		}
-		if owner.uid != first.uid && !a.g.withSystemd() {
-			return fmt.Errorf("found instances of %s and of %s in one job; without systemd, which hands the credentials over, all instances of a job belong to one user: make a job for each", first, owner)
+		// They share the credentials file and the directory of the sockets.
+		if owner.uid != first.uid {
+			return fmt.Errorf("found instances of %s and of %s in one job; all instances of a job belong to one user: make a job for each", first, owner)
 		}
 		if c.Port == 0 || c.SocketDirectory == "" || c.SystemID == 0 {
 			return fmt.Errorf("instance %s in %s: %s", c.Name, c.DataDirectory, c.problem)
@@ -163,30 +194,37 @@ func (a *application) resolve(ctx context.Context) error {
 		a.owner[c.Name] = owner
 		a.job.Protected = append(a.job.Protected, c.Instance.Instance)
 	}
-	previous, err := job.Load(a.g.layout, a.job.Name)
-	if err != nil {
-		previous = nil // it is written anew
-	}
-	if previous != nil && a.job.WALRetention == nil {
+	if previous := a.before.job; previous != nil && a.job.WALRetention == nil {
 		a.job.WALRetention = previous.WALRetention // another resource's
 	}
 	if err := a.job.Validate(); err != nil {
 		return err
 	}
-	there, err := a.g.instancesOf(a.job.Name, previous)
-	if err != nil {
-		return err
-	}
-	for _, name := range there {
+	for _, name := range a.before.instances {
 		if _, ok := a.job.Instance(name); ok {
 			continue
 		}
-		if err := a.g.putBack(ctx, a.job.Name, name, knownInstance(previous, name)); err != nil {
+		// One that has another name now is let go first, because its settings are taken anew; others once the rest works.
+		known := knownInstance(a.before.job, name)
+		if !slices.ContainsFunc(a.job.Protected, func(i job.Instance) bool { return i.DataDirectory == known.DataDirectory }) {
+			a.leaving = append(a.leaving, name)
+			continue
+		}
+		delete(a.before.runners, name)
+		if err := a.g.letGo(ctx, a.job.Name, name, known); err != nil {
 			return err
 		}
-		if err := a.g.release(ctx, a.job.Name, name); err != nil {
-			return fmt.Errorf("let go of %s: %w", name, err)
-		}
+	}
+	return nil
+}
+
+// letGo puts the settings of an instance back and removes its runner.
+func (g *local) letGo(ctx context.Context, name, instance string, known job.Instance) error {
+	if err := g.putBack(ctx, name, instance, known); err != nil {
+		return err
+	}
+	if err := g.release(ctx, name, instance); err != nil {
+		return fmt.Errorf("let go of %s: %w", instance, err)
 	}
 	return nil
 }
@@ -245,20 +283,34 @@ func (a *application) handOver() error {
 }
 
 // installBinary puts the runner in a directory named by its content, then points the link at it: a runner or an
-// archive_command that runs meanwhile has the one or the other, whole.
-func (a *application) installBinary(context.Context) error {
-	sum := sha256.Sum256(a.d.Runner)
-	digest := hex.EncodeToString(sum[:])
-	dir := a.g.layout.BinaryDirectory(digest)
+// archive_command that runs meanwhile has the one or the other, whole. A binary that cannot even say its version here is
+// not let near archive_command, of this job and of others.
+func (a *application) installBinary(ctx context.Context) error {
+	if a.d.KeepRunner {
+		if there, err := a.g.installed(); err != nil || there != "" {
+			return err
+		}
+	}
+	content := a.d.Runner
+	if content == nil {
+		var err error
+		if content, err = os.ReadFile("/proc/self/exe"); err != nil { // also where its file was removed
+			return fmt.Errorf("read the program that runs: %w", err)
+		}
+	}
+	dir := a.g.layout.BinaryDirectory(hexDigest(content))
 	if err := makeDirectory(dir, 0o755, root()); err != nil {
 		return err
 	}
 	binary := filepath.Join(dir, "pgark")
-	if _, err := writeFile(binary, a.d.Runner, 0o755, root()); err != nil {
+	if _, err := writeFile(binary, content, 0o755, root()); err != nil {
 		return err
 	}
 	// A new directory is durable once its parent is.
 	if err := syncDirectory(a.g.layout.LibDirectory()); err != nil {
+		return err
+	}
+	if err := a.tryBinary(ctx, binary); err != nil {
 		return err
 	}
 	link := a.g.layout.BinaryLink()
@@ -268,10 +320,40 @@ func (a *application) installBinary(context.Context) error {
 	return switchLink(link, binary)
 }
 
+// tryBinary has a runner say its version, as the user that it will run as.
+func (a *application) tryBinary(ctx context.Context, binary string) error {
+	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
+	defer cancel()
+	var out bytes.Buffer
+	err := untilWritten(ctx, func() error {
+		cmd := exec.CommandContext(ctx, binary, "version")
+		runAs(cmd, a.owner[a.job.Protected[0].Name])
+		cmd.Dir = "/"
+		cmd.Stdout, cmd.Stderr = &out, &out
+		return cmd.Run()
+	})
+	if err != nil {
+		return &RunnerError{Instance: a.job.Protected[0].Name, Log: strings.TrimSpace(out.String()), Err: fmt.Errorf("%s version: %w", binary, err)}
+	}
+	return nil
+}
+
+// untilWritten has a program that was just written started, again as long as somebody has it open for writing: who forked
+// meanwhile holds it until he executes something else.
+func untilWritten(ctx context.Context, start func() error) error {
+	for try := 0; ; try++ {
+		err := start()
+		if !errors.Is(err, syscall.ETXTBSY) || try == 100 || ctx.Err() != nil {
+			return err
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
 // removeOldBinaries removes binaries that the link does not lead to and that nobody runs: the runners of other jobs may
 // still be older ones. What cannot be removed is only a few megabytes.
-func (a *application) removeOldBinaries() {
-	current, err := filepath.EvalSymlinks(a.g.layout.BinaryLink())
+func (g *local) removeOldBinaries() {
+	current, err := filepath.EvalSymlinks(g.layout.BinaryLink())
 	if err != nil {
 		return
 	}
@@ -282,16 +364,27 @@ func (a *application) removeOldBinaries() {
 			used[path] = true
 		}
 	}
-	entries, err := os.ReadDir(a.g.layout.LibDirectory())
-	if err != nil {
-		return
-	}
-	for _, e := range entries {
-		dir := filepath.Join(a.g.layout.LibDirectory(), e.Name())
+	for _, dir := range g.binaryDirectories() {
 		if resolved, err := filepath.EvalSymlinks(filepath.Join(dir, "pgark")); err == nil && !used[resolved] {
 			_ = os.RemoveAll(dir) // see above
 		}
 	}
+}
+
+// binaryDirectories are the directories of installed binaries. What else lies beside them is a binary on its way to
+// somebody who has just reached this guest.
+func (g *local) binaryDirectories() []string {
+	entries, err := os.ReadDir(g.layout.LibDirectory())
+	if err != nil {
+		return nil
+	}
+	var dirs []string
+	for _, e := range entries {
+		if b, err := hex.DecodeString(e.Name()); err == nil && len(b) == sha256.Size {
+			dirs = append(dirs, filepath.Join(g.layout.LibDirectory(), e.Name()))
+		}
+	}
+	return dirs
 }
 
 // writeDocuments writes the job file and the credentials, and makes the runner's directories.
@@ -308,27 +401,18 @@ func (a *application) writeDocuments(context.Context) error {
 		a.changed = changedDocuments
 	}
 
-	// The owner of the instances reads them, as the runner and as whoever runs pgark by hand. Where there are several
-	// owners, systemd hands them over, which reads as root.
-	owner, several := account{}, false
-	for i, p := range a.job.Protected {
-		if i > 0 && a.owner[p.Name].uid != owner.uid {
-			several = true
-		}
-		owner = a.owner[p.Name]
-	}
-	if several {
-		owner = root()
-	}
+	// The owner of the instances reads them, as the runner and as whoever runs pgark by hand.
 	file := l.CredentialsFile(a.job.Name)
 	if a.d.Credentials != nil {
-		changed, err := writeFile(file, job.EncodeCredentials(*a.d.Credentials), 0o600, owner)
+		content := job.EncodeCredentials(*a.d.Credentials)
+		changed, err := writeFile(file, content, 0o600, a.owner[a.job.Protected[0].Name])
 		if err != nil {
 			return fmt.Errorf("credentials: %w", err)
 		}
 		if changed {
 			a.changed = changedCredentials
 		}
+		a.deployed.Credentials = hexDigest(content)
 	} else if err := os.Remove(file); err == nil {
 		a.changed = changedCredentials
 	} else if !errors.Is(err, fs.ErrNotExist) {
@@ -336,21 +420,8 @@ func (a *application) writeDocuments(context.Context) error {
 	}
 
 	for _, i := range a.job.Protected {
-		owner := a.owner[i.Name]
-		dirs := []struct {
-			path string
-			mode fs.FileMode
-		}{{l.StateDirectory(a.job.Name, i.Name), 0o700}, {l.RunDirectory(a.job.Name), 0o755}}
-		if !a.g.withSystemd() {
-			dirs = append(dirs, struct {
-				path string
-				mode fs.FileMode
-			}{l.LogDirectory(a.job.Name), 0o755})
-		}
-		for _, d := range dirs {
-			if err := makeDirectory(d.path, d.mode, owner); err != nil {
-				return err
-			}
+		if err := a.g.makeRunnerDirectories(a.job.Name, i.Name, a.owner[i.Name]); err != nil {
+			return err
 		}
 		// sun_path: a socket with a longer path cannot be bound.
 		if socket := l.Socket(a.job.Name, i.Name); len(socket) > 107 {
@@ -360,22 +431,37 @@ func (a *application) writeDocuments(context.Context) error {
 	return nil
 }
 
-// configure makes PostgreSQL hand its WAL to the runner.
-func (a *application) configure(ctx context.Context, i job.Instance) error {
-	wanted := map[string]string{"archive_command": a.g.layout.ArchiveCommand(a.job.Name, i.Name)}
-	restart := a.exam.servers[i.Name].needsArchiveMode()
-	if restart {
-		wanted["archive_mode"] = archiveModeOn // the checks have made sure that we may
-	}
-	if err := a.g.takeSettings(ctx, a.job.Name, i, a.owner[i.Name], wanted); err != nil {
+// makeRunnerDirectories makes the directories that a runner writes to.
+func (g *local) makeRunnerDirectories(name, instance string, owner account) error {
+	if err := makeDirectory(g.layout.StateDirectory(name, instance), 0o700, owner); err != nil {
 		return err
 	}
-	if !restart {
+	if err := makeDirectory(g.layout.RunDirectory(name), 0o755, owner); err != nil || g.withSystemd() {
+		return err
+	}
+	return makeDirectory(g.layout.LogDirectory(name), 0o755, owner)
+}
+
+// configure makes PostgreSQL hand its WAL to the runner.
+func (a *application) configure(ctx context.Context, i job.Instance) error {
+	restart := a.exam.servers[i.Name].restartSettings() // the checks have made sure that we may
+	if err := a.g.takeSettings(ctx, a.job.Name, i, a.owner[i.Name], a.d.Settings.ExistingArchiveCommand, restart); err != nil {
+		return err
+	}
+	if len(restart) == 0 {
 		return nil
 	}
-	for _, c := range a.exam.clusters {
-		if c.Name == i.Name {
-			return a.g.restart(ctx, c)
+	if c := a.cluster(i.Name); c != nil {
+		return a.g.restart(ctx, *c)
+	}
+	return nil
+}
+
+// cluster is what the checks have found of an instance.
+func (a *application) cluster(instance string) *cluster {
+	for i := range a.exam.clusters {
+		if c := &a.exam.clusters[i]; c.Name == instance {
+			return c
 		}
 	}
 	return nil

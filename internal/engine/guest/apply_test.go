@@ -364,38 +364,157 @@ func TestApply_restart(t *testing.T) {
 	}
 }
 
-// A failure of a new job leaves the guest as it was, and says where WAL got stuck.
+// A failure of a new job leaves the guest as it was, and says why.
 func TestApply_rollsBack(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	c := cluster(t, pgtest.Options{})
 	before := autoConf(t, c)
+	for what, test := range map[string]struct{ runner, step, hint string }{
+		"it does not even start":  {"#!/bin/sh\necho this is no runner >&2\nexit 3\n", "install the runner", "this is no runner"},
+		"it starts, and ends":     {"#!/bin/sh\n[ $1 = version ] && exit\necho run: no luck >&2\nexit 3\n", "start the runner of " + name(c), "run: no luck"},
+		"it cannot be called one": {"no program", "install the runner", ""},
+	} {
+		d := w.deployment(w.job(c))
+		d.Runner = []byte(test.runner)
+		_, err := w.guest.Apply(w.ctx, d)
+		var failure *guest.ApplyError
+		if !errors.As(err, &failure) || !failure.RolledBack || failure.Step != test.step {
+			t.Fatalf("%s: found %v", what, err)
+		}
+		var runner *guest.RunnerError
+		if !errors.As(err, &runner) || !strings.Contains(runner.Hint(), test.hint) {
+			t.Errorf("%s: found %v, hint %q", what, err, runner.Hint())
+		}
+		if found := w.files(); len(found) > 0 {
+			t.Errorf("%s: left behind: %q", what, found)
+		}
+		if autoConf(t, c) != before {
+			t.Errorf("%s: postgresql.auto.conf changed", what)
+		}
+	}
+}
+
+// An upgrade that fails puts the previous runner back, whichever step it fails at: the guest is as it was, WAL goes on.
+func TestApply_restores(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	c := cluster(t, pgtest.Options{})
+	keys := &objectstore.Credentials{AccessKeyID: "AKIA", SecretAccessKey: "hush"}
 	d := w.deployment(w.job(c))
-	d.Runner = []byte("#!/bin/sh\necho this is no runner >&2\nexit 3\n")
-	_, err := w.guest.Apply(w.ctx, d)
-	var failure *guest.ApplyError
-	if !errors.As(err, &failure) || !failure.RolledBack || !strings.HasPrefix(failure.Step, "start the runner of ") {
-		t.Fatalf("found %v", err)
-	}
-	var runner *guest.RunnerError
-	if !errors.As(err, &runner) || !strings.Contains(runner.Hint(), "this is no runner") {
-		t.Errorf("found %v, hint %q", err, runner.Hint())
-	}
-	if found := w.files(); len(found) > 0 {
-		t.Errorf("left behind: %q", found)
-	}
-	if autoConf(t, c) != before {
-		t.Error("postgresql.auto.conf changed")
+	d.Credentials = keys
+	before, err := w.guest.Apply(w.ctx, d)
+	must(t, err)
+	files, conf := w.files(), autoConf(t, c)
+	document, err := os.ReadFile(w.layout.JobFile(jobName))
+	must(t, err)
+	credentials, err := os.ReadFile(w.layout.CredentialsFile(jobName))
+	must(t, err)
+
+	second := cluster(t, pgtest.Options{})
+	secondConf := autoConf(t, second)
+	pusher := w.layout.BinaryDirectory(digest(runnerBinary)) + "/pgark" // until the new one answers: a broken one that can still push
+	fails := func(what, step string, deployment guest.Deployment) {
+		t.Helper()
+		old := w.status(c).PID
+		_, err := w.guest.Apply(w.ctx, deployment)
+		var failure *guest.ApplyError
+		if !errors.As(err, &failure) || !failure.Restored || failure.RolledBack || failure.Step != step {
+			t.Fatalf("%s: found %v", what, err)
+		}
+		if !strings.HasSuffix(err.Error(), "; the previous runner was put back and runs") {
+			t.Errorf("%s: found %q", what, err)
+		}
+		s, err := w.guest.State(w.ctx, jobName)
+		must(t, err)
+		if s.RunnerSHA256 != before.RunnerSHA256 || s.Job.Digest() != before.Job.Digest() || s.AccessKeyID != "AKIA" || s.CredentialsChanged {
+			t.Errorf("%s: found %+v", what, s)
+		}
+		if len(s.Instances) != 1 || s.Instances[0].Runner != guest.RunnerRunning || s.Instances[0].Detail != "" {
+			t.Errorf("%s: found %+v", what, s.Instances)
+		}
+		if found := w.files(); !slices.Equal(found, files) {
+			t.Errorf("%s: found %q, expected %q", what, found, files)
+		}
+		for file, expected := range map[string][]byte{w.layout.JobFile(jobName): document, w.layout.CredentialsFile(jobName): credentials} {
+			if found, err := os.ReadFile(file); err != nil || !slices.Equal(found, expected) {
+				t.Errorf("%s: %s changed: %v", what, file, err)
+			}
+		}
+		if autoConf(t, c) != conf || autoConf(t, second) != secondConf {
+			t.Errorf("%s: postgresql.auto.conf changed", what)
+		}
+		if step == "install the runner" && w.status(c).PID != old {
+			t.Errorf("%s: the runner was started anew", what)
+		}
+		w.waitForWAL(c, c.SwitchWAL())
 	}
 
-	// Of a job that was there before, what works goes on.
-	s := w.apply(w.job(c))
-	if _, err := w.guest.Apply(w.ctx, d); !errors.As(err, &failure) || failure.RolledBack || len(failure.Done) == 0 {
-		t.Errorf("found %v", err)
+	j := w.job(c, second)
+	j.Image.Schedule = "0 3 * * *"
+	d = w.deployment(j)
+	d.Credentials = &objectstore.Credentials{AccessKeyID: "AKIB", SecretAccessKey: "hash"}
+	d.Runner = []byte("#!/bin/sh\nexit 3\n")
+	fails("no program", "install the runner", d)
+	d.Runner = []byte("#!/bin/sh\n[ $1 = version ] && exit\n[ $1 = wal ] && exec " + pusher + " \"$@\"\nexit 3\n")
+	fails("ends at once", "start the runner of "+min(name(c), name(second)), d)
+
+	// WAL that is refused is found by the proof.
+	archive := filepath.Join(strings.TrimPrefix(w.location.URL, "file://"), jobName, name(second))
+	must(t, os.WriteFile(archive, []byte("in the way of the series"), 0o600))
+	d.Runner = otherBinary
+	fails("no proof", "prove that WAL of "+name(second)+" reaches the repository", d)
+	must(t, os.Remove(archive))
+
+	s, err := w.guest.Apply(w.ctx, d)
+	must(t, err)
+	if len(s.Instances) != 2 || s.RunnerSHA256 != digest(otherBinary) || s.AccessKeyID != "AKIB" {
+		t.Errorf("found %+v", s)
 	}
-	if again := w.apply(w.job(c)); again.Job.Digest() != s.Job.Digest() || again.Instances[0].Runner != "running" {
-		t.Errorf("found %+v", again)
+}
+
+// A runner that is to be kept stays, whichever it is; a missing one is installed.
+func TestApply_keepRunner(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	c := cluster(t, pgtest.Options{})
+	d := w.deployment(w.job(c))
+	d.KeepRunner = true
+	s, err := w.guest.Apply(w.ctx, d)
+	must(t, err)
+	pid := w.status(c).PID
+	if s.RunnerSHA256 != digest(runnerBinary) {
+		t.Errorf("found %s", s.RunnerSHA256)
 	}
+	d.Runner = otherBinary
+	s, err = w.guest.Apply(w.ctx, d)
+	must(t, err)
+	if s.RunnerSHA256 != digest(runnerBinary) || w.status(c).PID != pid {
+		t.Errorf("found %s, process %d, expected %d", s.RunnerSHA256, w.status(c).PID, pid)
+	}
+	d.KeepRunner = false
+	s, err = w.guest.Apply(w.ctx, d)
+	must(t, err)
+	if s.RunnerSHA256 != digest(otherBinary) || w.status(c).PID == pid {
+		t.Errorf("found %s, process %d", s.RunnerSHA256, w.status(c).PID)
+	}
+}
+
+// Without a runner to deploy, it is the program that runs: here the test's, which can stand in for it.
+func TestApply_ownProgram(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	c := cluster(t, pgtest.Options{})
+	d := w.deployment(w.job(c))
+	d.Runner = nil
+	s, err := w.guest.Apply(w.ctx, d)
+	must(t, err)
+	own, err := os.ReadFile("/proc/self/exe")
+	must(t, err)
+	if s.RunnerSHA256 != digest(own) || s.Instances[0].Runner != guest.RunnerRunning {
+		t.Errorf("found %+v", s)
+	}
+	w.waitForWAL(c, c.SwitchWAL())
 }
 
 // A name that another machine has is refused with that machine named, before anything changes.

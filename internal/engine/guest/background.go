@@ -22,8 +22,8 @@ import (
 )
 
 // background keeps a runner alive where there is no systemd: a process of its own session, which supervises the runner
-// (pgark run --supervise), writes its pid file and its log, and belongs to the instance's owner. It does not come back by
-// itself when the machine starts.
+// (pgark run --supervise), writes its pid file and its log, and belongs to the instance's owner. After a start of the
+// machine cron brings it back, where there is one (boot.go).
 type background struct {
 	layout        job.Layout
 	job, instance string
@@ -40,15 +40,24 @@ type started struct {
 
 var _ runner = (*background)(nil)
 
-// Nothing but the process: there is nothing to install.
-func (b *background) install(context.Context) (bool, error) { return false, nil }
+// There is nothing to install but what starts it with the machine, which all runners share.
+func (b *background) install(context.Context) (bool, error) {
+	return false, writeBootFile(b.layout)
+}
 
-func (b *background) installed() (bool, error) {
-	_, err := os.Stat(b.layout.PIDFile(b.job, b.instance))
-	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
+func (b *background) facts(context.Context) (runnerFacts, error) {
+	f := runnerFacts{installed: true}
+	pids, err := b.processes(func([]string) bool { return true })
+	if err != nil {
+		return f, err
 	}
-	return err == nil, err
+	f.alive = len(pids) > 0
+	f.what = "no process of it runs"
+	if f.alive {
+		f.what = fmt.Sprintf("process %d", pids[0])
+	}
+	f.disabled, err = bootFileMissing(b.layout)
+	return f, err
 }
 
 func (b *background) start(ctx context.Context) error {
@@ -66,17 +75,12 @@ func (b *background) start(ctx context.Context) error {
 		return err
 	}
 	var cmd *exec.Cmd
-	for try := 0; ; try++ {
+	err = untilWritten(ctx, func() error {
 		cmd = b.command(ctx, log)
-		err := cmd.Start()
-		if err == nil {
-			break
-		}
-		// Who forked while we wrote the binary holds it open for writing until it executes something else.
-		if !errors.Is(err, syscall.ETXTBSY) || try == 100 || ctx.Err() != nil {
-			return fmt.Errorf("start %s: %w", cmd.Path, err)
-		}
-		time.Sleep(10 * time.Millisecond)
+		return cmd.Start()
+	})
+	if err != nil {
+		return fmt.Errorf("start %s: %w", cmd.Path, err)
 	}
 	p := &started{done: make(chan struct{})}
 	// Whoever starts a process waits for it, or it stays as a zombie for as long as we live.

@@ -43,10 +43,12 @@ type ApplyError struct {
 	Job  string
 	Step string   // what was being done
 	Done []string // what had been done before
-	// RolledBack says that the job was new on this guest, and that everything was put back as it was. Otherwise what is
-	// in Done stays; applying again goes on from there.
+	// RolledBack says that the job was new on this guest, and that everything was put back as it was. Where neither it nor
+	// Restored holds, what is in Done stays; applying again goes on from there.
 	RolledBack bool
-	Err        error
+	// Restored says that the job was there before, and that it is again as it was: binary, files, and runners that answer.
+	Restored bool
+	Err      error
 }
 
 func (e *ApplyError) Error() string {
@@ -54,6 +56,8 @@ func (e *ApplyError) Error() string {
 	switch {
 	case e.RolledBack:
 		s += "; everything was put back as it was"
+	case e.Restored:
+		s += "; the previous runner was put back and runs"
 	case len(e.Done) > 0:
 		s += "; what was done stays: " + strings.Join(e.Done, ", ")
 	}

@@ -95,9 +95,14 @@ func TestNameClusters(t *testing.T) {
 func TestUnitText(t *testing.T) {
 	j := &job.Job{Repository: job.Repository{URL: "file:///srv/back%20up/100%25"}}
 	j.WAL.TempFolder = "/var/spool/wal"
-	u := &unit{g: &local{}, job: "orders", instance: "15-main", owner: account{name: "postgres", uid: 101}}
+	i := job.Instance{Name: "15-main", DataDirectory: "/var/lib/postgresql/15/main", SocketDirectory: "/run/postgresql"}
+	text := func(hasCredentials bool) string {
+		u := &unit{g: &local{}, job: "orders", instance: i.Name, owner: account{name: "postgres", uid: 101}}
+		u.settle(j, i, nil, hasCredentials)
+		return string(u.content)
+	}
 	golden := filepath.Join("testdata", "unit.golden")
-	found := string(u.text(j, true))
+	found := text(true)
 	if os.Getenv("UPDATE_GOLDEN") != "" {
 		if err := os.WriteFile(golden, []byte(found), 0o644); err != nil {
 			t.Fatal(err)
@@ -110,8 +115,27 @@ func TestUnitText(t *testing.T) {
 	if found != string(expected) {
 		t.Errorf("found\n%s\nexpected\n%s", found, expected)
 	}
-	if without := string(u.text(j, false)); strings.Contains(without, "LoadCredential") {
+	if strings.Contains(text(false), "LoadCredential") {
 		t.Error("a file that is not there is handed over")
+	}
+	// What lies in a directory of temporary files must not be hidden.
+	i.SocketDirectory = "/tmp"
+	if strings.Contains(text(true), "PrivateTmp") {
+		t.Error("the socket in /tmp would be hidden")
+	}
+	i.SocketDirectory, i.DataDirectory = "/run/postgresql", "/srv/pg"
+	if !strings.Contains(text(true), "PrivateTmp=yes") {
+		t.Error("/tmp is shared, and nothing lies there")
+	}
+	i.DataDirectory = t.TempDir()
+	if err := os.MkdirAll(filepath.Join(i.DataDirectory, "pg_tblspc"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("/var/tmp/fast", filepath.Join(i.DataDirectory, "pg_tblspc", "16400")); err != nil {
+		t.Fatal(err)
+	}
+	if !usesTemporary(i.DataDirectory, nil) {
+		t.Error("the tablespace in /var/tmp would be hidden")
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
 )
@@ -96,7 +97,15 @@ func (g *local) removeShared() error {
 	if err := os.Remove(l.BinaryLink()); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if err := os.RemoveAll(l.LibDirectory()); err != nil {
+	for _, dir := range g.binaryDirectories() {
+		if err := os.RemoveAll(dir); err != nil {
+			return err
+		}
+	}
+	if err := os.Remove(l.LibDirectory()); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ENOTEMPTY) {
+		return err
+	}
+	if err := removeBootFile(l); err != nil {
 		return err
 	}
 	// Whoever waits for the lock notices that its file has gone.

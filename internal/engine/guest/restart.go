@@ -86,6 +86,24 @@ func canRestart(c cluster) error {
 	return err
 }
 
+// restartSettings are the settings that have to be others before WAL can be archived, and that take a restart; both at
+// once. A replica archives only with archive_mode = always. With wal_level = minimal, max_wal_senders is 0, which does:
+// pgark needs none.
+func (s *inspected) restartSettings() map[string]string {
+	settings := map[string]string{}
+	mode := archiveModeOn
+	if s.InRecovery {
+		mode = archiveAlways
+	}
+	if there := s.Setting(archiveMode); there != mode && there != archiveAlways {
+		settings[archiveMode] = mode
+	}
+	if s.Setting(walLevel) == walLevelMinimal {
+		settings[walLevel] = "replica"
+	}
+	return settings
+}
+
 // restart restarts a cluster's server the way it was started, and waits until it answers.
 func (g *local) restart(ctx context.Context, c cluster) error {
 	ctx, cancel := context.WithTimeout(ctx, restartTimeout)

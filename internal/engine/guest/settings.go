@@ -3,13 +3,16 @@
 package guest
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -22,18 +25,33 @@ import (
 
 const closeTimeout = 2 * time.Second
 
-// remembered is settings.json: what postgresql.auto.conf said of the settings that we changed, before we did.
+// The settings that take a restart, as far as they are ours to change.
+const (
+	archiveMode    = "archive_mode"
+	archiveCommand = "archive_command"
+	walLevel       = "wal_level"
+)
+
+// remembered is settings.json: what postgresql.auto.conf said of the settings that are ours to change, before we did.
 type remembered struct {
 	Format   int               `json:"format"`
 	Instance job.Instance      `json:"instance"` // found without the job file, too
 	Settings map[string]before `json:"settings"`
+	// AutoConf is postgresql.auto.conf before our first change: PostgreSQL rewrites the file, comments and all.
+	// nil: not known.
+	AutoConf []byte `json:"auto_conf"`
 }
 
 // before is a setting as ALTER SYSTEM had left it.
 type before struct {
 	Set   bool   `json:"set"` // in postgresql.auto.conf
 	Value string `json:"value,omitempty"`
-	Ours  string `json:"ours"` // what we changed it to: anything else found later is somebody's decision, and stays
+	// Ours is what we changed it to: anything else found later is somebody's decision, and stays. "": it is as we found it.
+	Ours string `json:"ours"`
+	// Effective is the archive_command that was in force, from whichever file: what a chain has behind ours.
+	Effective string `json:"effective,omitempty"`
+	// Live says that the value was in force before we set it, so that taking it back takes no restart.
+	Live bool `json:"live,omitempty"`
 }
 
 func autoConf(dataDirectory string) string {
@@ -78,50 +96,101 @@ func (g *local) readRemembered(name, instance string) (*remembered, error) {
 	return r, nil
 }
 
-// takeSettings makes the wanted values those of the instance, after remembering what was there. It changes nothing that
-// is as wanted.
-func (g *local) takeSettings(ctx context.Context, name string, i job.Instance, owner account, wanted map[string]string) error {
-	r, err := g.readRemembered(name, i.Name)
+// plannedCommand is what Apply would make of an archive_command, current, under a policy; an error says why the current
+// one cannot be chained.
+func (g *local) plannedCommand(name, instance, policy, current string) (wanted string, err error) {
+	r, err := g.readRemembered(name, instance)
 	if err != nil {
-		return err
+		return "", err
 	}
-	if r == nil {
-		r = &remembered{Format: 1, Settings: map[string]before{}}
-	}
-	r.Instance = i
-	auto, err := readAutoConf(i.DataDirectory)
-	if err != nil {
-		return err
-	}
-	for setting, value := range wanted {
-		b, known := r.Settings[setting]
-		if !known {
-			b.Value, b.Set = confSetting(auto, setting)
-			if b.Set && b.Value == value {
-				if setting == "archive_mode" {
-					continue // somebody else's decision, which only waits for a restart
-				}
-				// Ours already, from a time whose memory is lost: what was before that nobody knows.
-				b = before{}
-			}
-		}
-		b.Ours = value
-		r.Settings[setting] = b
-	}
-	b, err := json.MarshalIndent(r, "", "  ")
-	if err != nil {
-		return fmt.Errorf("settings before pgark: %w", err)
-	}
-	// An old archive_command may hold a password.
-	if _, err := writeFile(g.layout.SettingsFile(name, i.Name), append(b, '\n'), 0o600, owner); err != nil {
-		return fmt.Errorf("remember the settings of %s: %w", i.Name, err)
-	}
+	wanted, _, err = g.wantedCommand(name, instance, policy, current, r)
+	return wanted, err
+}
 
+func (g *local) wantedCommand(name, instance, policy, current string, r *remembered) (wanted, old string, err error) {
+	var memory *before
+	if r != nil {
+		if b, ok := r.Settings[archiveCommand]; ok {
+			memory = &b
+		}
+	}
+	return wantedCommand(policy, g.layout.ArchiveCommand(name, instance), current, g.jobOfCommand(current) == name, memory)
+}
+
+// deployedCommand is what archive_command was made by the last Apply, and has to be.
+func (g *local) deployedCommand(name, instance string) string {
+	ours := g.layout.ArchiveCommand(name, instance)
+	r, err := g.readRemembered(name, instance)
+	if err != nil || r == nil {
+		return ours
+	}
+	if wanted, err := chain(ours, unchain(r.Settings[archiveCommand].Ours)); err == nil {
+		return wanted
+	}
+	return ours
+}
+
+// takeSettings makes archive_command what the policy wants, and the settings in restart those values, after remembering
+// what was there. It changes nothing that is as wanted, and undoes what somebody has prepared for the next restart that
+// would end archiving.
+func (g *local) takeSettings(ctx context.Context, name string, i job.Instance, owner account, policy string, restart map[string]string) error {
 	conn, err := connect(ctx, i)
 	if err != nil {
 		return err
 	}
 	defer closeNow(conn)
+	r, err := g.readRemembered(name, i.Name)
+	if err != nil {
+		return err
+	}
+	content, err := os.ReadFile(autoConf(i.DataDirectory))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	auto := parseConf(string(content))
+	var there before
+	there.Value, there.Set = confSetting(auto, archiveCommand)
+	own := g.jobOfCommand(there.Value) == name
+	if r == nil {
+		r = &remembered{Format: 1, Settings: map[string]before{}}
+		if !own && err == nil {
+			r.AutoConf = content
+		}
+	}
+	if own {
+		// From a time whose memory may be lost: what was before is not known then, except for what stands behind ours.
+		behind := unchain(there.Value)
+		there = before{Set: behind != "", Value: behind}
+	}
+	r.Instance = i
+	current, err := readArchiveCommand(ctx, conn)
+	if err != nil {
+		return err
+	}
+	command, old, err := g.wantedCommand(name, i.Name, policy, current, r)
+	if err != nil {
+		return fmt.Errorf("archive_command of %s cannot be chained: %w", i.Name, err)
+	}
+	foreign := !isNoCommand(current) && g.jobOfCommand(current) != name
+	r.noteCommand(there, command, old, foreign && policy == commandChain)
+	wanted := map[string]string{archiveCommand: command}
+	for setting, value := range restart {
+		if r.noteRestart(auto, setting, value) {
+			wanted[setting] = value
+		}
+	}
+	// What does not change now may be changed by somebody later: what it was is to be known then.
+	for _, setting := range []string{archiveMode, walLevel} {
+		if _, known := r.Settings[setting]; !known {
+			b := before{}
+			b.Value, b.Set = confSetting(auto, setting)
+			r.Settings[setting] = b
+		}
+	}
+	if err := g.remember(name, i.Name, r, owner); err != nil {
+		return err
+	}
+
 	changed := false
 	for setting, value := range wanted {
 		if there, set := confSetting(auto, setting); set && there == value {
@@ -132,22 +201,148 @@ func (g *local) takeSettings(ctx context.Context, name string, i job.Instance, o
 		}
 		changed = true
 	}
-	command, err := readArchiveCommand(ctx, conn)
-	if err != nil {
-		return err
+	if changed || current != command {
+		if err := postgres.Reload(ctx, conn); err != nil {
+			return err
+		}
+		if current, err = readArchiveCommand(ctx, conn); err != nil {
+			return err
+		}
 	}
-	if !changed && command == wanted["archive_command"] {
-		return nil
-	}
-	if err := postgres.Reload(ctx, conn); err != nil {
-		return err
-	}
-	if command, err = readArchiveCommand(ctx, conn); err != nil {
-		return err
-	}
-	if command != wanted["archive_command"] {
+	if current != command {
 		return fmt.Errorf("archive_command of %s is not ours after the reload: something comes before %s; look for it in pg_settings.sourcefile and pg_file_settings",
 			i.Name, autoConf(i.DataDirectory))
+	}
+	if len(restart) > 0 {
+		return nil // a restart follows
+	}
+	return g.undoPending(ctx, conn, name, i, owner, r)
+}
+
+func (g *local) remember(name, instance string, r *remembered, owner account) error {
+	b, err := json.MarshalIndent(r, "", "  ")
+	if err != nil {
+		return fmt.Errorf("settings before pgark: %w", err)
+	}
+	// An old archive_command may hold a password.
+	if _, err := writeFile(g.layout.SettingsFile(name, instance), append(b, '\n'), 0o600, owner); err != nil {
+		return fmt.Errorf("remember the settings of %s: %w", instance, err)
+	}
+	return nil
+}
+
+// noteCommand remembers what was before archive_command becomes command: old was in force, and there is what
+// postgresql.auto.conf says. What is remembered already stays, unless somebody has decided anew since.
+func (r *remembered) noteCommand(there before, command, old string, anew bool) {
+	b, known := r.Settings[archiveCommand]
+	if !known || anew && old != b.Effective {
+		b = there
+	}
+	b.Ours, b.Effective = command, old
+	r.Settings[archiveCommand] = b
+}
+
+// noteRestart remembers what was before a setting that takes a restart gets a value. false: there is nothing to change.
+func (r *remembered) noteRestart(auto []confLine, setting, value string) bool {
+	b, known := r.Settings[setting]
+	if !known || b.Ours == "" {
+		b.Value, b.Set = confSetting(auto, setting)
+		b.Live = false
+	}
+	if b.Set && b.Value == value && b.Ours == "" {
+		return false // somebody else's decision, which only waits for a restart
+	}
+	b.Ours = value
+	r.Settings[setting] = b
+	return true
+}
+
+// endsArchiving tells whether a setting that takes a restart would, with this value, end the archiving of WAL.
+func endsArchiving(setting, value string) bool {
+	switch setting {
+	case archiveMode:
+		return slices.Contains([]string{archiveModeOff, "false", "no", "0"}, strings.ToLower(value))
+	case walLevel:
+		return strings.EqualFold(value, walLevelMinimal)
+	}
+	return false
+}
+
+// pendingSettings are settings that are right as they are and will, with the next restart, end archiving. A value that
+// cannot be read (pg_file_settings is for superusers) is not among them.
+func pendingSettings(ctx context.Context, conn *pgx.Conn, dataDirectory string) (map[string]string, error) {
+	settings, err := postgres.ReadSettings(ctx, conn, archiveMode, walLevel)
+	if err != nil {
+		return nil, err
+	}
+	pending := map[string]string{}
+	for name, s := range settings {
+		if !s.PendingRestart || endsArchiving(name, s.Value) {
+			continue
+		}
+		if value := fileSetting(ctx, conn, dataDirectory, name); endsArchiving(name, value) {
+			pending[name] = value
+		}
+	}
+	return pending, nil
+}
+
+// fileSetting is a setting as the configuration files have it; "" if that cannot be told.
+func fileSetting(ctx context.Context, conn *pgx.Conn, dataDirectory, name string) string {
+	if auto, err := readAutoConf(dataDirectory); err == nil {
+		if value, set := confSetting(auto, name); set {
+			return value
+		}
+	}
+	var value string
+	err := conn.QueryRow(ctx, "select coalesce(setting, '') from pg_catalog.pg_file_settings where name = $1 order by seqno desc limit 1", name).Scan(&value)
+	if err != nil {
+		return ""
+	}
+	return value
+}
+
+// undoPending takes back what would end archiving with the next restart: it makes postgresql.auto.conf say of the setting
+// what it said when the job was applied first and, where that does not do, what the server has now.
+func (g *local) undoPending(ctx context.Context, conn *pgx.Conn, name string, i job.Instance, owner account, r *remembered) error {
+	for _, insist := range []bool{false, true} {
+		pending, err := pendingSettings(ctx, conn, i.DataDirectory)
+		if err != nil || len(pending) == 0 {
+			return err
+		}
+		current, err := postgres.ReadSettings(ctx, conn, archiveMode, walLevel)
+		if err != nil {
+			return err
+		}
+		for setting := range pending {
+			b := r.Settings[setting]
+			value, set := b.Value, b.Set
+			if b.Ours != "" {
+				value, set = b.Ours, true
+			}
+			if insist {
+				value, set = current[setting].Value, true
+				if b.Ours == "" {
+					b.Live = true
+				}
+				b.Ours = value
+				r.Settings[setting] = b
+				if err := g.remember(name, i.Name, r, owner); err != nil {
+					return err
+				}
+			}
+			if set {
+				err = postgres.AlterSystem(ctx, conn, setting, value)
+			} else {
+				err = postgres.AlterSystemReset(ctx, conn, setting)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		if err := postgres.Reload(ctx, conn); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -159,14 +354,11 @@ func (g *local) putBack(ctx context.Context, name, instance string, known job.In
 		return &SettingsError{Instance: instance, Err: err}
 	}
 	i := known
-	ours := g.layout.ArchiveCommand(name, instance)
-	if r != nil {
-		if i.DataDirectory == "" {
-			i = r.Instance
-		}
-	} else {
+	if r == nil {
 		// Without its memory, a setting of ours is taken out: what was there before is not known, and ours must not stay.
-		r = &remembered{Settings: map[string]before{"archive_command": {Ours: ours}}}
+		r = &remembered{Settings: map[string]before{archiveCommand: {Ours: g.layout.ArchiveCommand(name, instance)}}}
+	} else if i.DataDirectory == "" {
+		i = r.Instance
 	}
 	if i.DataDirectory == "" {
 		return nil // nothing tells where it is, so nothing of it was ever changed
@@ -178,16 +370,7 @@ func (g *local) putBack(ctx context.Context, name, instance string, known job.In
 	if err != nil {
 		return &SettingsError{Instance: instance, Err: err}
 	}
-	back := map[string]*string{}
-	for setting, b := range r.Settings {
-		if there, set := confSetting(auto, setting); !set || there != b.Ours {
-			continue
-		}
-		back[setting] = nil
-		if b.Set {
-			back[setting] = &b.Value
-		}
-	}
+	back := g.settingsBack(name, auto, r)
 	if len(back) == 0 {
 		return nil
 	}
@@ -197,14 +380,17 @@ func (g *local) putBack(ctx context.Context, name, instance string, known job.In
 		return &SettingsError{Instance: instance, Err: err}
 	}
 	if !running {
+		delete(back, walLevel) // whether it could be started with that is not to be known
 		if err := editAutoConf(i.DataDirectory, auto, back); err != nil {
 			return &SettingsError{Instance: instance, Err: err}
 		}
+		restoreAutoConf(i.DataDirectory, r.AutoConf)
 		return nil
 	}
 	i.Port, i.SocketDirectory = postmaster.Port, postmaster.SocketDirectory
 	i.SystemID = 0 // the data directory says whose server it is, also after it was initialised anew
-	if err := alterBack(ctx, i, back); err != nil {
+	restart, err := alterBack(ctx, i, back, r)
+	if err != nil {
 		var remedy []string
 		for setting, value := range back {
 			if value == nil {
@@ -216,12 +402,33 @@ func (g *local) putBack(ctx context.Context, name, instance string, known job.In
 		}
 		return &SettingsError{Instance: instance, Err: err, Remedy: strings.Join(append(remedy, psql(i, "SELECT pg_reload_conf()")), "\n")}
 	}
-	if _, ok := back["archive_mode"]; !ok {
+	if !restart {
 		return nil
 	}
 	// We turned archive_mode on with a restart that was allowed. Left on with no archive_command, PostgreSQL would keep
 	// all WAL until it has filled the disk, so off must take effect as well.
 	return g.restartDirectory(ctx, i)
+}
+
+// settingsBack are the settings to change, and to what (nil: taken out of postgresql.auto.conf).
+func (g *local) settingsBack(name string, auto []confLine, r *remembered) map[string]*string {
+	back := map[string]*string{}
+	for setting, b := range r.Settings {
+		there, set := confSetting(auto, setting)
+		own := setting == archiveCommand && g.jobOfCommand(there) == name
+		if !set || b.Ours == "" || there != b.Ours && !own {
+			continue
+		}
+		back[setting] = nil
+		if b.Set {
+			back[setting] = &b.Value
+		}
+		// Somebody has changed what stands behind ours: that is theirs to keep.
+		if behind := unchain(there); own && behind != "" && behind != b.Effective {
+			back[setting] = &behind
+		}
+	}
+	return back
 }
 
 // restartDirectory restarts the server of an instance that is known by its data directory.
@@ -253,12 +460,18 @@ func sameDirectory(a, b string) (bool, error) {
 	return os.SameFile(x, y), nil
 }
 
-func alterBack(ctx context.Context, i job.Instance, back map[string]*string) error {
+// alterBack changes settings of a server that runs, and tells whether a restart has to follow.
+func alterBack(ctx context.Context, i job.Instance, back map[string]*string, r *remembered) (restart bool, err error) {
 	conn, err := connect(ctx, i)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer closeNow(conn)
+	if _, ok := back[walLevel]; ok {
+		if _, too := back[archiveMode]; !too || !startsMinimal(ctx, conn, i.DataDirectory) {
+			delete(back, walLevel)
+		}
+	}
 	for setting, value := range back {
 		if value == nil {
 			err = postgres.AlterSystemReset(ctx, conn, setting)
@@ -266,10 +479,74 @@ func alterBack(ctx context.Context, i job.Instance, back map[string]*string) err
 			err = postgres.AlterSystem(ctx, conn, setting, *value)
 		}
 		if err != nil {
-			return err
+			return false, err
 		}
 	}
-	return postgres.Reload(ctx, conn)
+	restoreAutoConf(i.DataDirectory, r.AutoConf)
+	if err := postgres.Reload(ctx, conn); err != nil {
+		return false, err
+	}
+	settings, err := postgres.ReadSettings(ctx, conn, archiveMode)
+	if err != nil {
+		return false, err
+	}
+	_, ok := back[archiveMode]
+	return ok && !r.Settings[archiveMode].Live && settings[archiveMode].PendingRestart, nil
+}
+
+// startsMinimal tells whether the server would start with wal_level = minimal, as it did before: anything that somebody
+// has set up since which needs more keeps it from starting (postmaster.c, PostmasterMain; slot.c, RestoreSlotFromDisk).
+func startsMinimal(ctx context.Context, conn *pgx.Conn, dataDirectory string) bool {
+	var slots int
+	if err := conn.QueryRow(ctx, "select count(*) from pg_catalog.pg_replication_slots").Scan(&slots); err != nil || slots > 0 {
+		return false
+	}
+	settings, err := postgres.ReadSettings(ctx, conn, "max_wal_senders", "summarize_wal")
+	if err != nil {
+		return false
+	}
+	for name, s := range settings {
+		value := s.Value
+		if s.PendingRestart {
+			value = fileSetting(ctx, conn, dataDirectory, name)
+		}
+		if value != "0" && value != "off" {
+			return false
+		}
+	}
+	return true
+}
+
+// restoreAutoConf gives postgresql.auto.conf back the very bytes that it had, if it says the same: PostgreSQL has written
+// it anew, without its comments. Where that fails it stays as PostgreSQL left it, which is as good.
+func restoreAutoConf(dataDirectory string, original []byte) {
+	path := autoConf(dataDirectory)
+	content, err := os.ReadFile(path)
+	if err != nil || original == nil || bytes.Equal(content, original) || !maps.Equal(confSettings(content), confSettings(original)) {
+		return
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		return
+	}
+	// Whoever changed a setting since we read the file has put another in its place; what is left of that race is the time
+	// of a rename.
+	if again, err := os.ReadFile(path); err != nil || !bytes.Equal(again, content) {
+		return
+	}
+	st := status(info)
+	_, _ = writeFile(path, original, info.Mode().Perm(), account{uid: int(st.Uid), gid: int(st.Gid)}) // see above
+}
+
+// confSettings are the settings of a configuration file.
+func confSettings(content []byte) map[string]string {
+	settings := map[string]string{}
+	for _, l := range parseConf(string(content)) {
+		if l.name != "" {
+			settings[l.name] = l.value
+		}
+	}
+	return settings
 }
 
 // editAutoConf does what ALTER SYSTEM does, for a server that is stopped: a new file, flushed, in the place of the old

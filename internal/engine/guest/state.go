@@ -40,6 +40,7 @@ func (g *local) State(ctx context.Context, name string) (*State, error) {
 	if s.HasCredentials, err = exists(g.layout.CredentialsFile(name)); err != nil {
 		return nil, err
 	}
+	s.AccessKeyID, s.CredentialsChanged = g.credentialsState(name)
 	instances, err := g.instancesOf(name, s.Job)
 	if err != nil {
 		return nil, fmt.Errorf("job %s: %w", name, err)
@@ -94,9 +95,9 @@ func (g *local) installed() (string, error) {
 // instanceState reads one instance as it is. A server that cannot be asked is a Problem of the instance, not an error:
 // what its files say stands in for its answers.
 func (g *local) instanceState(ctx context.Context, name, instance string, i job.Instance) (InstanceState, error) {
-	s := InstanceState{Name: instance, Settings: map[string]string{}}
+	s := InstanceState{Name: instance, Settings: map[string]string{}, Wanted: g.deployedCommand(name, instance)}
 	var err error
-	if s.Runner, err = g.runnerState(ctx, name, instance); err != nil {
+	if s.Runner, s.Detail, err = g.runnerState(ctx, name, instance); err != nil {
 		return s, err
 	}
 	if i.DataDirectory == "" {
@@ -114,7 +115,7 @@ func (g *local) instanceState(ctx context.Context, name, instance string, i job.
 	if err == nil && running {
 		// Port and socket may have changed since the job was applied, the cluster may have been initialised anew.
 		i.Port, i.SocketDirectory, i.SystemID = postmaster.Port, postmaster.SocketDirectory, control.SystemID
-		if err = g.readSettings(ctx, i, s.Settings); err == nil {
+		if s.Pending, err = g.readSettings(ctx, i, s.Settings); err == nil {
 			return s, nil
 		}
 	}
@@ -140,23 +141,24 @@ func (g *local) instanceState(ctx context.Context, name, instance string, i job.
 	return s, nil
 }
 
-func (g *local) readSettings(ctx context.Context, i job.Instance, into map[string]string) error {
+// readSettings reads the settings of a server that runs, and those that are pending.
+func (g *local) readSettings(ctx context.Context, i job.Instance, into map[string]string) (pending map[string]string, err error) {
 	conn, err := connect(ctx, i)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer closeNow(conn)
 	settings, err := postgres.ReadSettings(ctx, conn, stateSettings...)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	command, err := readArchiveCommand(ctx, conn)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for name, v := range settings {
 		into[name] = v.Value
 	}
-	into["archive_command"] = command
-	return nil
+	into[archiveCommand] = command
+	return pendingSettings(ctx, conn, i.DataDirectory)
 }
