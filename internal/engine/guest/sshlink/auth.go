@@ -185,6 +185,7 @@ func expandHome(path string) (string, error) {
 // login is one attempt to log in, and what came of it.
 type login struct {
 	tried   []string
+	passed  []string
 	accepts []string
 	notes   []string
 	banner  strings.Builder

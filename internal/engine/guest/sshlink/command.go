@@ -101,8 +101,14 @@ type Process struct {
 //
 // Errors: *CommandError when it ended with another code than 0, *SudoError, those of Connect, that of reading Stdin.
 func (l *Link) Run(ctx context.Context, c Command) ([]byte, error) {
+	// What fails on this side ends the command, and is the error also if that happened to end well by itself.
+	var mine atomic.Pointer[error]
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	fail := func(err error) {
+		mine.CompareAndSwap(nil, &err)
+		cancel(err)
+	}
 	p, err := l.start(ctx, c, l.sessions)
 	if err != nil {
 		return nil, err
@@ -115,7 +121,7 @@ func (l *Link) Run(ctx context.Context, c Command) ([]byte, error) {
 			_, _ = io.Copy(p.Stdin, in) // a command may end before its input does
 			if in.err != nil {
 				// Half of an input must not look like a whole one.
-				cancel(fmt.Errorf("%s: %s: read its input: %w", l, c, in.err))
+				fail(fmt.Errorf("%s: %s: read its input: %w", l, c, in.err))
 				return
 			}
 		}
@@ -123,12 +129,15 @@ func (l *Link) Run(ctx context.Context, c Command) ([]byte, error) {
 	}()
 	var out bytes.Buffer
 	if _, err := io.Copy(&out, io.LimitReader(p.Stdout, maxOutput+1)); err == nil && out.Len() > maxOutput {
-		cancel(fmt.Errorf("%s: %s: it printed more than %d bytes", l, c, maxOutput))
+		fail(fmt.Errorf("%s: %s: it printed more than %d bytes", l, c, maxOutput))
 	}
 	err = p.Wait()
 	select {
 	case <-copied:
 	case <-time.After(time.Second):
+	}
+	if failed := mine.Load(); failed != nil {
+		return nil, *failed
 	}
 	if err != nil {
 		return nil, err
@@ -211,6 +220,61 @@ func (l *Link) start(ctx context.Context, c Command, sessions chan struct{}) (_ 
 		_ = p.connection.client.Close() // it died unnoticed; nothing has run yet, so another one may be tried
 		<-p.connection.over
 	}
+	p.watch(ctx, sessions)
+	return p, nil
+}
+
+// open opens a session and starts the script there.
+func (p *Process) open(ctx context.Context, script string, password []byte) error {
+	// Neither opening nor starting knows a context.
+	opened := make(chan error, 1)
+	go func() { opened <- p.openSession(script, password) }()
+	select {
+	case err := <-opened:
+		return err
+	case <-ctx.Done():
+	}
+	// The command may be running already, and is ended then. If the server does not answer, that is left behind.
+	left := make(chan struct{})
+	go func() {
+		defer close(left)
+		if <-opened == nil {
+			p.watch(ctx, nil)
+			p.terminate()
+		}
+	}()
+	select {
+	case <-left:
+	case <-time.After(answerWithin):
+	}
+	return context.Cause(ctx)
+}
+
+func (p *Process) openSession(script string, password []byte) (err error) {
+	if p.session, err = p.connection.client.NewSession(); err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			_ = p.session.Close()
+		}
+	}()
+	if p.Stdin, err = p.session.StdinPipe(); err != nil {
+		return err
+	}
+	if p.Stdout, err = p.session.StdoutPipe(); err != nil {
+		return err
+	}
+	p.session.Stderr = p.stderr
+	if err = p.session.Start("exec /bin/sh -c " + Quote(script)); err != nil {
+		return err
+	}
+	_, err = p.Stdin.Write(password)
+	return err
+}
+
+// watch follows the process to its end, gives its session back then, and ends it with ctx.
+func (p *Process) watch(ctx context.Context, sessions chan struct{}) {
 	stop := context.AfterFunc(ctx, p.terminate)
 	go func() {
 		select {
@@ -223,58 +287,11 @@ func (l *Link) start(ctx context.Context, c Command, sessions chan struct{}) (_ 
 		err := p.session.Wait()
 		stop()
 		p.err = p.outcome(ctx, err)
-		<-sessions
+		if sessions != nil {
+			<-sessions
+		}
 		close(p.end)
 	}()
-	return p, nil
-}
-
-// open opens a session on the connection and starts the script there.
-func (p *Process) open(ctx context.Context, script string, password []byte) error {
-	client := p.connection.client
-	// Neither opening nor starting knows a context, so they are left behind when it ends.
-	opened := make(chan error, 1)
-	var session *ssh.Session
-	var stdin io.WriteCloser
-	var stdout io.Reader
-	go func() {
-		opened <- func() (err error) {
-			if session, err = client.NewSession(); err != nil {
-				return err
-			}
-			defer func() {
-				if err != nil {
-					_ = session.Close()
-				}
-			}()
-			if stdin, err = session.StdinPipe(); err != nil {
-				return err
-			}
-			if stdout, err = session.StdoutPipe(); err != nil {
-				return err
-			}
-			session.Stderr = p.stderr
-			if err = session.Start("exec /bin/sh -c " + Quote(script)); err != nil {
-				return err
-			}
-			_, err = stdin.Write(password)
-			return err
-		}()
-	}()
-	select {
-	case err := <-opened:
-		if err == nil {
-			p.session, p.Stdin, p.Stdout = session, stdin, stdout
-		}
-		return err
-	case <-ctx.Done():
-		go func() {
-			if <-opened == nil {
-				_ = session.Close()
-			}
-		}()
-		return context.Cause(ctx)
-	}
 }
 
 // Wait waits until the process has ended; errors as Run's.

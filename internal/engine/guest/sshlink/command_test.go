@@ -79,6 +79,8 @@ func TestRun_outcomes(t *testing.T) {
 		t.Errorf("found %d bytes of standard error, ending in %q", len(e.Stderr), e.Stderr[max(0, len(e.Stderr)-20):])
 	}
 
+	_, err = l.Run(w.ctx, sshlink.Command{Shell: "head -c 1048577 /dev/zero"})
+	contains(t, err, "it printed more than 1048576 bytes")
 	began := time.Now()
 	_, err = l.Run(w.ctx, sshlink.Command{Args: []string{"yes"}})
 	contains(t, err, "yes: it printed more than 1048576 bytes")

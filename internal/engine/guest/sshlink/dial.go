@@ -187,7 +187,7 @@ func (h *hop) dial(ctx context.Context, via *connection) (*connection, error) {
 			return nil
 		},
 		AuthCallback: func(c *ssh.ClientAuthContext) (ssh.AuthMethod, error) {
-			attempt.started, attempt.accepts = true, c.AllowedMethods
+			attempt.started, attempt.accepts, attempt.passed = true, c.AllowedMethods, c.PartialSuccessMethods
 			return nil, nil
 		},
 	})
@@ -207,7 +207,7 @@ func (h *hop) dial(ctx context.Context, via *connection) (*connection, error) {
 			return nil, unreachable(fmt.Errorf("%w: %w", errBooting, err))
 		}
 		return nil, &AuthError{
-			User: h.user, Host: h.host, Port: h.port, For: h.trust.behind, Tried: attempt.tried, Accepts: attempt.accepts,
+			User: h.user, Host: h.host, Port: h.port, For: h.trust.behind, Tried: attempt.tried, Passed: attempt.passed, Accepts: attempt.accepts,
 			Notes: attempt.notes, Banner: printable(attempt.banner.String(), 500), Err: err,
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -117,7 +118,8 @@ type AuthError struct {
 	Port    int
 	For     string   // of a bastion: user@host:port of the host behind it
 	Tried   []string // methods, with the keys that were offered
-	Accepts []string // methods that the server takes
+	Passed  []string // methods that succeeded, where the server wants several
+	Accepts []string // methods that the server takes, or still wants
 	Notes   []string // why something was not tried
 	Banner  string   // what the server said
 	Err     error
@@ -133,7 +135,10 @@ func (e *AuthError) Error() string {
 	} else {
 		s += ": tried " + strings.Join(e.Tried, ", ")
 	}
-	if len(e.Accepts) > 0 {
+	switch {
+	case len(e.Passed) > 0:
+		s += "; it took " + strings.Join(e.Passed, ", ") + " and wants " + strings.Join(e.Accepts, " or ") + " as well"
+	case len(e.Accepts) > 0:
 		s += "; it accepts " + strings.Join(e.Accepts, ", ")
 	}
 	if len(e.Notes) > 0 {
@@ -157,24 +162,20 @@ func (e *AuthError) Hint() string {
 	keys, passwords := 0, 0
 	for _, t := range e.Tried {
 		if strings.HasPrefix(t, "publickey") {
+			if slices.Contains(e.Passed, "publickey") {
+				continue
+			}
 			keys++
 		} else {
 			passwords++
 		}
 	}
-	accepts := func(method string) bool {
-		for _, a := range e.Accepts {
-			if a == method {
-				return true
-			}
-		}
-		return len(e.Accepts) == 0
-	}
+	accepts := func(method string) bool { return len(e.Accepts) == 0 || slices.Contains(e.Accepts, method) }
 	switch {
 	case strings.Contains(e.Err.Error(), "Too many authentication failures"):
 		return fmt.Sprintf("the server gives up after some keys (MaxAuthTries): give the one that is meant with %sprivate_key instead of leaving it to the agent, or remove keys from the agent.", prefix)
 	case keys+passwords == 0 && !accepts("publickey"):
-		return fmt.Sprintf("the server takes no keys: give %spassword.", prefix)
+		return fmt.Sprintf("the server wants a password: give %spassword.", prefix)
 	case keys+passwords == 0:
 		return fmt.Sprintf("give %sprivate_key (or private_key_file, or an agent with SSH_AUTH_SOCK and agent = true), or %spassword.", prefix, prefix)
 	case keys > 0 && accepts("publickey"):

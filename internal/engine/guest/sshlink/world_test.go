@@ -4,6 +4,7 @@ package sshlink_test
 
 import (
 	"bytes"
+	"compress/gzip"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -279,14 +280,14 @@ func childrenOf(pid int) []int {
 	return out
 }
 
-// running are the processes below the server whose command line has the text.
-func (s *server) running(text string) []int {
+// running are the processes below the server whose command line begins with the words.
+func (s *server) running(words string) []int {
 	var out []int
 	pids := childrenOf(s.process.Process.Pid)
 	for len(pids) > 0 {
 		pid := pids[0]
 		pids = append(pids[1:], childrenOf(pid)...)
-		if cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); strings.Contains(strings.ReplaceAll(string(cmdline), "\x00", " "), text) {
+		if cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); strings.HasPrefix(strings.ReplaceAll(string(cmdline), "\x00", " "), words) {
 			out = append(out, pid)
 		}
 	}
@@ -392,3 +393,12 @@ func (b *lockedBuffer) String() string {
 }
 
 var _ io.Writer = (*lockedBuffer)(nil)
+
+func gzipped(t testing.TB, s string) string {
+	t.Helper()
+	var b bytes.Buffer
+	z := gzip.NewWriter(&b)
+	_, err := io.WriteString(z, s)
+	must(t, errors.Join(err, z.Close()))
+	return b.String()
+}
