@@ -97,10 +97,10 @@ func (e *examination) running(cl cluster, err error) Check {
 		c.Status, c.Found, c.Remedy = Fail, "no server runs on "+cl.DataDirectory, startRemedy(cl)
 	case errors.As(err, &silent):
 		c.Status, c.Found = Fail, err.Error()
-		c.Remedy = "see in its log what it waits for, or restart it:\n" + restartRemedy(cl)
+		c.Remedy = "# its log may say what it waits for; this restarts it:\n" + restartRemedy(cl)
 	case errors.As(err, &other):
 		c.Status, c.Found = Fail, err.Error()
-		c.Remedy = "another cluster has taken the port: give one of them another port, and restart this one:\n" + restartRemedy(cl)
+		c.Remedy = "# another cluster has taken the port: give one of them another, and restart this one\n" + restartRemedy(cl)
 	case isStarting(err):
 		c.Status, c.Found = Fail, err.Error()
 		c.Remedy = "wait until it has started, or see in its log why it does not"
@@ -119,14 +119,15 @@ func isStarting(err error) bool {
 
 func (e *examination) role(cl cluster, s *inspected) Check {
 	c := Check{Name: "role", Status: Pass, Found: role(s.Server), Expected: "a primary, or a replica with archive_mode = always"}
-	if s.InRecovery {
-		c.Status = Warn
-		c.Remedy = "protect the primary, too, if it is not: what a replica has not received yet is not safe"
-		if s.Setting("archive_mode") != archiveAlways {
-			c.Status, c.Found = Fail, "replica with archive_mode = "+s.Setting("archive_mode")+", which archives nothing"
-			c.Remedy = restartFor(cl, s)
-		}
+	if !s.InRecovery {
+		return c
 	}
+	if mode := s.Setting("archive_mode"); mode != archiveAlways {
+		c.Found = "replica with archive_mode = " + mode + ", which archives nothing"
+		e.restartedSetting(&c, cl, s, archiveMode, "it will be always, with one restart of PostgreSQL")
+		return c
+	}
+	c.Status, c.Remedy = Warn, "protect the primary, too, if it is not: what a replica has not received yet is not safe"
 	return c
 }
 
@@ -134,11 +135,9 @@ func (e *examination) role(cl cluster, s *inspected) Check {
 // without the other may keep the server from starting: archive_mode with wal_level = minimal does.
 func restartFor(cl cluster, s *inspected) string {
 	wanted := s.restartSettings()
-	if s.InRecovery && s.Setting("archive_mode") != archiveAlways {
-		wanted[archiveMode] = archiveAlways
-	}
 	var sql []string
 	for _, name := range []string{archiveMode, walLevel} {
+		// What waits for a restart is not off or minimal, since the server is that now; "on" would not do for a replica.
 		if value, ok := wanted[name]; ok && (!s.Settings[name].PendingRestart || s.InRecovery) {
 			sql = append(sql, alterStatement(name, value))
 		}
@@ -163,8 +162,7 @@ func (e *examination) restartedSetting(c *Check, cl cluster, s *inspected, name,
 		c.Found += ", and changed to take effect with the next restart"
 		will = "PostgreSQL will be restarted once"
 	}
-	// Apply turns archive_mode to on, which is not enough for a replica.
-	if !e.mayRestart() || s.InRecovery && s.Setting("archive_mode") != archiveAlways {
+	if !e.mayRestart() {
 		return
 	}
 	for other := range s.restartSettings() {
@@ -192,7 +190,7 @@ func offCommandLine(cl cluster, name string) string {
 
 func (e *examination) archiveMode(cl cluster, s *inspected) Check {
 	c := Check{Name: "archive_mode", Status: Pass, Found: s.Setting("archive_mode"), Expected: "on or always"}
-	if _, needed := s.restartSettings()[archiveMode]; needed {
+	if c.Found != archiveModeOn && c.Found != archiveAlways { // a replica's "on" is a matter of its role
 		e.restartedSetting(&c, cl, s, archiveMode, "it will be turned on, with one restart of PostgreSQL")
 	}
 	return c
@@ -267,7 +265,7 @@ func (e *examination) foreignCommand(c *Check, cl cluster, chainErr error) {
 		c.Status = Fail
 		c.Found += ", which cannot be chained: " + chainErr.Error()
 		c.Expected = "a command that can stand behind pgark's in one line of shell"
-		c.Remedy = "# put it in a script, and name that script instead:\n# " + strings.ReplaceAll(change(cl, archiveCommand, "/path/to/script %p %f"), "\n", "\n# ") +
+		c.Remedy = "# put it in a script, and name that script instead:\n# " + change(cl, archiveCommand, "/path/to/script %p %f") +
 			"\n# or turn it off:\n" + off
 	default:
 		c.Status = Fail

@@ -128,7 +128,7 @@ func (e *examination) admit(cl cluster) string {
 	}
 	commands = append([]string{first}, commands...)
 	commands = append(commands, reload(cl))
-	remedy := strings.Join(commands, " && \\\n  ")
+	remedy := strings.Join(commands, " && ")
 	if role == cl.Owner || cl.status == "standby" {
 		return remedy
 	}

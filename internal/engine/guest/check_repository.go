@@ -123,7 +123,7 @@ func (e *examination) explain(c *Check, err error) {
 		c.Expected = "S3 keys that are valid and may list, read and create objects below " + url
 		c.Remedy = "check the access key and its policy (s3:GetObject, s3:PutObject, s3:ListBucket, s3:DeleteObject), and the clock of this machine"
 		if failed != nil && failed.Hint != "" {
-			c.Remedy = failed.Hint
+			c.Remedy += ": " + failed.Hint
 		}
 	default:
 		c.Expected = "an answer of the store"

@@ -5,6 +5,7 @@ package guest_test
 import (
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -12,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/pgark/terraform-provider-pgark/internal/engine/guest"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/objectstore"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/repository"
 	"github.com/pgark/terraform-provider-pgark/test/pgtest"
@@ -37,7 +39,7 @@ func TestCheck_everythingAtOnce(t *testing.T) {
 		order[i] = k.Name
 	}
 	if expected := []string{
-		"operating_system", "executable_place", "temporary_folder", "cluster_manager", "clock", "repository_reachable",
+		"operating_system", "executable_place", "temporary_folder", "cluster_manager", "security_module", "clock", "repository_reachable",
 		"postgresql_version", "postgresql_running", "privileges", "role", "archive_mode", "archive_command", "archive_library", "wal_level", "full_page_writes",
 	}; !slices.Equal(order, expected) {
 		t.Errorf("order: found %q, expected %q", order, expected)
@@ -74,31 +76,113 @@ func TestCheck_everythingAtOnce(t *testing.T) {
 	}
 }
 
+// follow runs a remedy as it stands, as somebody would who pastes it into a shell of root's.
+func follow(t *testing.T, k guest.Check) {
+	t.Helper()
+	for line := range strings.Lines(k.Remedy) {
+		if strings.ContainsAny(line, "\t") || line == "\n" {
+			t.Errorf("%s: a line that is no command: %q", k.Name, line)
+		}
+	}
+	cmd := exec.CommandContext(t.Context(), "bash", "-c", k.Remedy)
+	cmd.Dir = "/"
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s: %v\n%s\n%s", k.Name, err, k.Remedy, out)
+	}
+}
+
+// adopt stops a server in the end that a remedy has started: it is no child of the test.
+func adopt(t *testing.T, c *pgtest.Cluster) {
+	t.Helper()
+	t.Cleanup(func() {
+		_ = c.Command("pg_ctl", "stop", "-s", "-w", "-m", "immediate", "-D", c.DataDir).Run()
+	})
+}
+
+// mend follows the remedy of one check, which has to fail (or warn), and expects it to pass then.
+func (w *world) mend(j *job.Job, name string) {
+	w.t.Helper()
+	w.mendTo(j, name, guest.Pass)
+}
+
+func (w *world) mendTo(j *job.Job, name string, expected guest.Status) {
+	w.t.Helper()
+	k := w.check(j).find(w.t, name)
+	if k.Status == guest.Pass {
+		w.t.Fatalf("%s: nothing to mend: %+v", name, k)
+	}
+	follow(w.t, k)
+	if after := w.check(j).find(w.t, name); after.Status != expected {
+		w.t.Fatalf("after the remedy\n%s\nfound %+v", k.Remedy, after)
+	}
+}
+
 // The remedies are commands, and they work.
 func TestCheck_remedies(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
-	c := cluster(t, pgtest.Options{Settings: map[string]string{"archive_command": "/bin/true", "full_page_writes": "off"}})
-	run := func(name string) {
-		t.Helper()
-		k := w.check(w.job(c)).find(t, name)
-		for _, line := range strings.Split(k.Remedy, " && ") {
-			// sudo may be missing here, and the test is root already.
-			line, _, _ = strings.Cut(line, "\n")
-			line = strings.Replace(line, "sudo -u "+c.Owner+" psql", c.Tool("psql"), 1)
-			cmd := c.Command("psql")
-			cmd.Path, cmd.Args = "/bin/sh", []string{"sh", "-c", line}
-			if out, err := cmd.CombinedOutput(); err != nil {
-				t.Fatalf("%s: %v\n%s", line, err, out)
-			}
-		}
-		if k := w.check(w.job(c)).find(t, name); k.Status != guest.Pass {
-			t.Errorf("after the remedy: %+v", k)
-		}
+	c := cluster(t, pgtest.Options{Major: 16, Settings: map[string]string{
+		"archive_command": "/bin/true", "archive_library": "basic_archive", "full_page_writes": "off",
+	}})
+	w.expectFailing(w.job(c), "archive_command", "archive_library")
+	for _, name := range []string{"full_page_writes", "archive_command", "archive_library"} {
+		w.mend(w.job(c), name)
 	}
-	w.expectFailing(w.job(c), "archive_command")
-	run("full_page_writes")
-	run("archive_command")
+	w.apply(w.job(c))
+}
+
+// A server that archives nothing is mended with one restart, whatever has to be set: archive_mode with wal_level = minimal
+// would keep it from starting.
+func TestCheck_remediesWithRestart(t *testing.T) {
+	t.Parallel()
+	for _, major := range []int{13, 15, 18} {
+		t.Run(strconv.Itoa(major), func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			c := pgtest.Start(t, pgtest.Options{Major: major, Settings: map[string]string{
+				"archive_mode": "off", "wal_level": "minimal", "max_wal_senders": "0",
+			}})
+			adopt(t, c)
+			found := w.expectFailing(w.job(c), "archive_mode", "wal_level")
+			if k := found.find(t, "archive_mode"); !strings.Contains(k.Remedy, "wal_level = replica") {
+				t.Errorf("found %+v", k)
+			}
+			w.mend(w.job(c), "archive_mode")
+			w.expectFailing(w.job(c))
+
+			// A change that waits for the restart only waits for it.
+			c.Exec("alter system set archive_mode = off")
+			c.Exec("select pg_reload_conf()")
+			follow(t, guest.Check{Name: "restart", Remedy: strings.SplitN(found.find(t, "archive_mode").Remedy, " && ", 2)[1]})
+			c.Exec("alter system set archive_mode = on")
+			c.Exec("select pg_reload_conf()")
+			w.eventually(func() bool {
+				return strings.Contains(w.check(w.job(c)).find(t, "archive_mode").Found, "changed to take effect with the next restart")
+			})
+			if k := w.check(w.job(c)).find(t, "archive_mode"); strings.Contains(k.Remedy, "ALTER SYSTEM") {
+				t.Errorf("found %+v", k)
+			}
+			w.mend(w.job(c), "archive_mode")
+		})
+	}
+}
+
+// A stopped server is started the way it was.
+func TestCheck_remedyStarts(t *testing.T) {
+	t.Parallel()
+	for _, options := range []pgtest.Options{
+		{Major: 14, SeparateConfig: true},
+		{Major: 17},
+	} {
+		w := newWorld(t)
+		c := cluster(t, options)
+		adopt(t, c)
+		w.apply(w.job(c)) // a job knows where it is: nothing else names this directory while nothing runs there
+		c.Stop(pgtest.Fast)
+		w.mend(w.job(c), "postgresql_running")
+		w.expectFailing(w.job(c))
+	}
 }
 
 func TestCheck_archiveCommand(t *testing.T) {
@@ -114,7 +198,7 @@ func TestCheck_archiveCommand(t *testing.T) {
 		{"fail", true, guest.Fail, `set by somebody else, to "pgbackrest …"`},
 		{"", true, guest.Fail, "set by somebody else"},
 		{"replace", true, guest.Warn, "it will be replaced, and put back when the job is destroyed"},
-		{"chain", true, guest.Fail, "set by somebody else"},
+		{"chain", true, guest.Warn, "it will be chained"},
 		{"replace", false, guest.Fail, "set by somebody else"},
 	} {
 		w.policy = guest.SettingsPolicy{Manage: policy.manage, Restart: "never", ExistingArchiveCommand: policy.existing}
@@ -122,10 +206,16 @@ func TestCheck_archiveCommand(t *testing.T) {
 		if k.Status != policy.status || !strings.Contains(k.Found, policy.text) {
 			t.Errorf("%+v: found %+v", policy, k)
 		}
-		if policy.existing == "chain" && !strings.Contains(k.Remedy, "not in this build") {
-			t.Errorf("chain: found remedy %q", k.Remedy)
-		}
 	}
+	// What cannot be chained says why.
+	c.Exec("alter system set archive_command = 'ship %p # to the other site'")
+	c.Exec("select pg_reload_conf()")
+	w.policy = guest.SettingsPolicy{Manage: true, ExistingArchiveCommand: "chain"}
+	w.eventually(func() bool {
+		k := w.check(w.job(c)).find(t, "archive_command")
+		return k.Status == guest.Fail && strings.Contains(k.Found, "cannot be chained: it has a comment") && !strings.Contains(k.Found+k.Remedy, "other site")
+	})
+	w.mend(w.job(c), "archive_command")
 	// Another job of pgark is named.
 	other := w.layout.ArchiveCommand("billing", name(c))
 	c.Exec("alter system set archive_command = '" + other + "'")
@@ -176,8 +266,8 @@ func TestCheck_role(t *testing.T) {
 	if k := w.expectFailing(w.job(c), "role").find(t, "role"); !strings.Contains(k.Found, "archives nothing") {
 		t.Errorf("found %+v", k)
 	}
-	c.Configure(map[string]string{"archive_mode": "always"})
-	c.Restart()
+	adopt(t, c)
+	w.mendTo(w.job(c), "role", guest.Warn) // a replica stays one
 	w.expectFailing(w.job(c))
 	if s := w.apply(w.job(c)); s.Instances[0].Runner != "running" {
 		t.Errorf("a replica: found %+v", s.Instances)
@@ -199,11 +289,12 @@ func TestCheck_temporaryFolder(t *testing.T) {
 		}
 	}
 	expect(guest.Fail, "does not exist")
-	must(t, os.Mkdir(folder, 0o700))
+	w.mend(j, "temporary_folder")
 	if os.Geteuid() == 0 {
+		must(t, os.Chown(folder, 0, 0))
 		expect(guest.Fail, c.Owner+" may not write to it")
+		w.mend(j, "temporary_folder")
 	}
-	pgtest.Chown(t, folder)
 	expect(guest.Pass, "free")
 	j.WAL.TempFolderLimit = 1 << 60
 	expect(guest.Fail, "free")
@@ -217,7 +308,10 @@ func TestCheck_temporaryFolder(t *testing.T) {
 		if k := w.check(j).find(t, "executable_place"); k.Status != guest.Fail || !strings.Contains(k.Remedy, "chmod o+x "+w.layout.Root) {
 			t.Errorf("found %+v", k)
 		}
-		must(t, os.Chmod(w.layout.Root, 0o755))
+		w.mend(j, "temporary_folder") // both: the folder lies there, too
+		if k := w.check(j).find(t, "executable_place"); k.Status != guest.Pass {
+			t.Errorf("found %+v", k)
+		}
 	}
 	must(t, os.RemoveAll(folder))
 	must(t, os.WriteFile(folder, nil, 0o600))

@@ -92,11 +92,3 @@ func role(s *postgres.Server) string {
 	}
 	return "primary"
 }
-
-// wantedArchiveMode is what makes the server archive: a replica does only with "always".
-func (s *inspected) wantedArchiveMode() string {
-	if s.InRecovery {
-		return archiveAlways
-	}
-	return archiveModeOn
-}

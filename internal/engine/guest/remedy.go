@@ -11,8 +11,8 @@ import (
 	"strings"
 )
 
-// Remedies are commands for a shell on the guest, to be pasted by root or by somebody who may use sudo. What is not a
-// command stands behind a #, or is a sentence by itself.
+// Remedies are commands for a shell on the guest, to be pasted by root or by somebody who may use sudo: every line is a
+// command, or begins with a #. Where no command helps, the remedy is one sentence.
 
 // sudo is what a command begins with that needs root; "" on a machine without sudo, where people become root themselves.
 func sudo() string {
@@ -35,11 +35,12 @@ func asOwner(owner, command string) string {
 
 // statements run SQL in a cluster, as its superuser.
 func statements(c cluster, sql ...string) string {
-	command := fmt.Sprintf("%s -h %s -p %d -d postgres", psqlProgram(), word(c.SocketDirectory), c.Port)
-	for i, s := range sql {
-		if i > 0 {
-			command += " \\\n "
-		}
+	command := psqlProgram()
+	if len(sql) > 1 {
+		command += " -v ON_ERROR_STOP=1" // what follows may need what comes before
+	}
+	command += fmt.Sprintf(" -h %s -p %d -d postgres", word(c.SocketDirectory), c.Port)
+	for _, s := range sql {
 		command += " -c " + shellQuote(s)
 	}
 	return asOwner(c.Owner, command)
