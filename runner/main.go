@@ -92,6 +92,7 @@ done, 2 when it was asked wrongly, 3 when a restore cannot reach its target, and
 	})
 	root.AddCommand(
 		newRunCommand(),
+		newBootCommand(),
 		newCheckCommand(),
 		newImageCommand(),
 		newWALCommand(),
