@@ -207,7 +207,9 @@ func (w *world) run(args ...string) (string, int) {
 	cmd.Dir, cmd.Env = w.dir, w.env
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
+	began := time.Now()
 	err := cmd.Run()
+	w.Logf("%s: %.1f s", args[0], time.Since(began).Seconds())
 	if cmd.ProcessState == nil {
 		w.Fatalf("%s %s: %v", filepath.Base(w.cli), strings.Join(args, " "), err)
 	}
