@@ -31,3 +31,6 @@ func (local) SetWALRetention(context.Context, string, *job.WALRetention) error {
 func Prove(context.Context, job.Layout, *job.Job, *objectstore.Credentials) ([]Proof, error) {
 	return nil, errNotLinux
 }
+
+// Boot has no runners to start where none can be.
+func Boot(context.Context, job.Layout) error { return errNotLinux }
