@@ -101,7 +101,7 @@ func greet(ctx context.Context, t transport, o Options) (*conversation, error) {
 			} else if errors.Is(err, io.EOF) {
 				// What it printed on standard error says more than that it said nothing.
 				if err = t.wait(); err == nil {
-					err = errors.New("it ended without a word")
+					err = fmt.Errorf("%w: it ended without a word", errUnfit)
 				}
 			}
 		case <-late:
@@ -135,14 +135,14 @@ func readHello(l *lines) (*hello, error) {
 		}
 		var r response
 		if err := decode(line, &r); err != nil {
-			return nil, fmt.Errorf("its first line: %w", err)
+			return nil, fmt.Errorf("%w: its first line: %w", errUnfit, err)
 		}
 		if r.Hello.Protocol != protocol {
-			return nil, fmt.Errorf("it speaks version %d of the protocol, expected %d", r.Hello.Protocol, protocol)
+			return nil, fmt.Errorf("%w: it speaks version %d of the protocol, expected %d", errUnfit, r.Hello.Protocol, protocol)
 		}
 		return r.Hello, nil
 	}
-	return nil, fmt.Errorf("it printed more than %d bytes before its first line", maxChatter)
+	return nil, fmt.Errorf("%w: it printed more than %d bytes before its first line", errUnfit, maxChatter)
 }
 
 // run keeps the conversation going until it is dead.

@@ -49,6 +49,7 @@ type probe struct {
 type place struct {
 	path string // of library: where its file system is mounted
 	exec bool   // what is in it can be run
+	ro   bool   // of library: it is mounted so
 	free int64  // bytes
 }
 
@@ -72,7 +73,7 @@ set -- $(df -Pk "${d:-/}" 2>/dev/null | tail -n 1)
 exec=exec
 while read -r _ at _ options _; do
 	if [ "$at" = "$6" ]; then
-		case ,$options, in *,noexec,*) exec=noexec ;; *) exec=exec ;; esac
+		case ,$options, in *,ro,*) exec=ro ;; *,noexec,*) exec=noexec ;; *) exec=exec ;; esac
 	fi
 done </proc/mounts
 say library "$exec" "${4:-0}" "$6"
@@ -108,19 +109,23 @@ if [ "$5" != "$unpacked" ]; then
 fi
 `
 
-// What the stageScript exits with.
-const (
-	notInstalled = 97
-	notUnpacked  = 98
-)
+// notUnpacked is what the stageScript exits with if it did not get the runner whole.
+const notUnpacked = 98
 
-// stageAsRoot and stageAsUser end the stageScript. Once it runs, the runner removes its file.
+// stageAsRoot and stageAsUser end the stageScript. Once it runs, the runner removes its file; one that cannot run is
+// removed here, where that takes no more than what sudo allows.
 const (
 	stageAsRoot = `
-asroot /usr/bin/install -D -m 0755 /dev/stdin "$lib/incoming/pgark" <"$t/pgark" || exit 97
+asroot /usr/bin/install -D -m 0755 /dev/stdin "$lib/incoming/pgark" <"$t/pgark" || exit
 rm -rf "$t"
 trap - EXIT HUP INT TERM PIPE
 asroot $env "$lib/incoming/pgark" guest
+code=$?
+if [ "$code" -ne 0 ] && [ "$(id -u)" = 0 ]; then
+	rm -f "$lib/incoming/pgark"
+	rmdir "$lib/incoming" "$lib" 2>/dev/null
+fi
+exit "$code"
 `
 	stageAsUser = `
 chmod 700 "$t/pgark" || exit 1
@@ -150,7 +155,7 @@ func (p *opener) architecture() string {
 // library is where runners lie on the guest.
 func (p *opener) library() string { return job.Layout{Root: p.o.Root}.LibDirectory() }
 
-// environment is the command that a runner is started by, with a space behind it; "" on real guests. A runner that was
+// environment is what stands before a runner to start it; "" on real guests. A runner that was
 // deployed, or is incoming, finds its root by its own path, but not one that was staged elsewhere.
 func (p *opener) environment() string {
 	if p.o.Root == "" {
@@ -224,13 +229,14 @@ func (p *opener) parseProbe(out []byte) (*probe, error) {
 		case (kind == "place" || kind == "library") && len(fields) >= 3:
 			_, dir, _ := strings.Cut(rest, " ")
 			_, dir, _ = strings.Cut(dir, " ")
-			here := place{path: strings.TrimSuffix(dir, "/"), exec: fields[0] == "exec"}
+			here := place{path: dir, exec: fields[0] != "noexec", ro: fields[0] == "ro"}
 			if blocks, err := strconv.ParseInt(fields[1], 10, 64); err == nil {
 				here.free = blocks << 10
 			}
 			if kind == "library" {
 				found.library = here
 			} else {
+				here.path = strings.TrimSuffix(dir, "/") // a name comes behind it
 				found.places = append(found.places, here)
 			}
 		}
@@ -271,14 +277,13 @@ func (p *opener) open(ctx context.Context) (*conversation, error) {
 		}
 		// It went since we looked, or is not what its name says: we bring our own.
 	}
-	if found.uid == 0 && !found.library.exec {
+	if found.uid == 0 && (!found.library.exec || found.library.ro) {
 		root = false // a root account can run it from anywhere; what is wrong with the library, the checks tell
 	}
 	where, err := p.choose(found, runner, root)
 	if err != nil {
 		return nil, err
 	}
-	installs := 0
 	for try := range stageTries {
 		if try > 0 {
 			select {
@@ -294,27 +299,34 @@ func (p *opener) open(ctx context.Context) (*conversation, error) {
 		if final(ctx, err) {
 			return nil, err
 		}
-		if ended, ok := errors.AsType[*sshlink.CommandError](err); ok && ended.Code == notInstalled {
-			// Somebody else's runner that removes the directory at that moment is no reason more than once.
-			if installs++; installs == 2 {
-				break
-			}
-		} else if ok && ended.Code == notUnpacked {
-			break
+		if ended, ok := errors.AsType[*sshlink.CommandError](err); ok && ended.Code == notUnpacked {
+			break // nobody else has to do with that
 		}
 	}
-	return nil, &StageError{Host: p.o.Link.String(), Step: "start the runner", Err: err,
+	return nil, &StageError{Host: p.o.Link.String(), Step: "start the runner", Err: bare(err),
 		Remedy: "it was brought to " + p.destination(where, root) + " on the guest: can that be written, is there room, and can programs run there (mount options ro and noexec, SELinux)?"}
 }
 
 // final tells whether an error is none that another try at bringing the runner helps against.
 func final(ctx context.Context, err error) bool {
 	var ended *sshlink.CommandError
-	return ctx.Err() != nil || !errors.As(err, &ended) && !errors.Is(err, errOther)
+	return ctx.Err() != nil || !errors.As(err, &ended) && !errors.Is(err, errUnfit)
 }
 
-// errOther says that another runner answered than the one that was brought.
-var errOther = errors.New("another runner answered")
+// errUnfit says that what was run is not the runner that was meant.
+var errUnfit = errors.New("another program than the runner that was expected")
+
+// bare is an error without the host and the command, which a *StageError names.
+func bare(err error) error {
+	if e, ok := errors.AsType[*sshlink.CommandError](err); ok {
+		said := e.Stderr
+		if said == "" {
+			said = "it said nothing"
+		}
+		return fmt.Errorf("exit code %d: %s", e.Code, said)
+	}
+	return err
+}
 
 func (p *opener) destination(where place, root bool) string {
 	if root {
@@ -326,12 +338,16 @@ func (p *opener) destination(where place, root bool) string {
 // choose picks the place where the runner is unpacked, and, without root, run.
 func (p *opener) choose(found *probe, runner Runner, root bool) (place, error) {
 	need := unpackedSize(runner) + stageSlack
-	if l := found.library; root && (!l.exec || l.free < need) {
+	if l := found.library; root && (!l.exec || l.ro || l.free < need) {
 		e := &StageError{Host: p.o.Link.String(), Step: "find a place for the runner"}
-		if !l.exec {
+		switch {
+		case l.ro:
+			e.Err = fmt.Errorf("found %s, which %s is on, mounted read-only; expected a file system that can be written", l.path, p.library())
+			e.Remedy = "sudo mount -o remount,rw " + l.path
+		case !l.exec:
 			e.Err = fmt.Errorf("found %s, which %s is on, mounted noexec; expected a file system that programs can run from", l.path, p.library())
 			e.Remedy = "sudo mount -o remount,exec " + l.path
-		} else {
+		default:
 			e.Err = fmt.Errorf("found %d MiB free for %s on %s, expected %d", l.free>>20, p.library(), l.path, need>>20+1)
 			e.Remedy = "make room on " + l.path
 		}
@@ -426,7 +442,7 @@ func (p *opener) converse(ctx context.Context, runner Runner, command sshlink.Co
 	}
 	if c.hello.SHA256 != runner.SHA256 {
 		c.end()
-		return nil, fmt.Errorf("%w: found %.12s…, expected %.12s…", errOther, c.hello.SHA256, runner.SHA256)
+		return nil, fmt.Errorf("%w: found %.12s…, expected %.12s…", errUnfit, c.hello.SHA256, runner.SHA256)
 	}
 	return c, nil
 }
