@@ -3,6 +3,7 @@ package provider
 import (
 	"context"
 
+	"github.com/hashicorp/terraform-plugin-framework-validators/int64validator"
 	"github.com/hashicorp/terraform-plugin-framework-validators/setvalidator"
 	"github.com/hashicorp/terraform-plugin-framework-validators/stringvalidator"
 	"github.com/hashicorp/terraform-plugin-framework/datasource"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/pgark/terraform-provider-pgark/internal/engine/guest"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/repository"
+	"github.com/pgark/terraform-provider-pgark/internal/provider/validators"
 )
 
 // dataSource is what all data sources have in common.
@@ -23,20 +25,20 @@ func (d *dataSource) Configure(_ context.Context, req datasource.ConfigureReques
 	d.data = fromProviderData(req.ProviderData, &resp.Diagnostics)
 }
 
-// connectionForData is how a data source reaches a host: a few words of the resources' connection attribute.
+// connectionForData is how a data source reaches a host: the resources' connection attribute.
 func connectionForData() schema.SingleNestedAttribute {
 	return schema.SingleNestedAttribute{
 		Optional:            true,
-		MarkdownDescription: "How the host is reached. Default: as a job of this configuration reaches it, else over SSH.",
+		MarkdownDescription: "How the host is reached. Default: as a job of this configuration reaches it, else over SSH, as the provider's `ssh` block says.",
 		Attributes: map[string]schema.Attribute{
 			"type": schema.StringAttribute{
-				Optional: true, MarkdownDescription: "`local` (the machine that Terraform runs on, as root) or `ssh` (default; **not in this build**).",
+				Optional: true, MarkdownDescription: "`ssh` (default), or `local`: the machine that Terraform runs on, as root.",
 				Validators: []validator.String{stringvalidator.OneOf(connectionSSH, connectionLocal)},
 			},
-			"port":         schema.Int64Attribute{Optional: true, MarkdownDescription: "Port of the SSH server. Default: the provider's."},
-			"user":         schema.StringAttribute{Optional: true, MarkdownDescription: "Account to log in as. Default: the provider's."},
-			"host_key":     schema.StringAttribute{Optional: true, MarkdownDescription: "Public key of the host."},
-			"bastion_host": schema.StringAttribute{Optional: true, MarkdownDescription: "Host to jump through. Default: the provider's."},
+			"port":         schema.Int64Attribute{Optional: true, MarkdownDescription: "Port of the SSH server. Default: the provider's.", Validators: []validator.Int64{int64validator.Between(1, 65535)}},
+			"user":         schema.StringAttribute{Optional: true, MarkdownDescription: "Account to log in as. Default: the provider's.", Validators: []validator.String{stringvalidator.LengthAtLeast(1)}},
+			"host_key":     schema.StringAttribute{Optional: true, MarkdownDescription: "Public key that the host has to show, `ssh-ed25519 AAAA…`.", Validators: []validator.String{validators.String("a public key, as in `ssh-ed25519 AAAA…`", checkHostKey)}},
+			"bastion_host": schema.StringAttribute{Optional: true, MarkdownDescription: "Host to jump through. Default: the provider's.", Validators: hostValidators()},
 		},
 	}
 }
@@ -45,13 +47,19 @@ func hostForData() schema.StringAttribute {
 	return schema.StringAttribute{Required: true, MarkdownDescription: "The guest: a host name or address.", Validators: hostValidators()}
 }
 
-// guest reaches the host of a data source; name is that of a job there, if one is known.
+// guest reaches the host of a data source; name is that of a job there, if one is known. It is nil after an error, which
+// is reported.
 func (d *dataSource) guest(ctx context.Context, host types.String, name string, connection types.Object, diags *diag.Diagnostics) guest.Guest {
-	kind := decode[connectionModel](ctx, connection, diags).Type.ValueString()
+	r, _ := newReach(connection, types.StringNull()) // a data source is read when all is known
 	if connection.IsNull() {
-		kind = d.data.connection(ctx, host.ValueString(), name)
+		r = d.data.reachOf(ctx, host.ValueString(), name)
 	}
-	return d.data.guest(host.ValueString(), firstOf(kind, connectionSSH), diags)
+	g, err := d.data.guest(host.ValueString(), r, tryOnce)
+	if err != nil {
+		diags.AddAttributeError(connectionPath(err), "Unable to Reach "+host.ValueString(), withHint(err))
+		return nil
+	}
+	return g
 }
 
 func repositoryForData() schema.StringAttribute {

@@ -10,6 +10,7 @@ import (
 	"github.com/hashicorp/terraform-plugin-framework/path"
 
 	"github.com/pgark/terraform-provider-pgark/internal/engine/guest"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/guest/sshlink"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/objectstore"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/repository"
 )
@@ -27,13 +28,19 @@ func unable(action, noun, name string, err error) diag.Diagnostic {
 
 // detail is the error's message, and its hint where it carries one.
 func detail(err error) string {
+	text := withHint(err)
+	if errors.Is(err, context.DeadlineExceeded) {
+		text += "\n\nThe time for this ran out; it can be given more with the timeouts attribute."
+	}
+	return text
+}
+
+// withHint is the error's message, and its hint where it carries one.
+func withHint(err error) string {
 	text := sentence(err.Error())
 	var h interface{ Hint() string }
 	if errors.As(err, &h) && h.Hint() != "" {
 		text += "\n\nHint: " + h.Hint()
-	}
-	if errors.Is(err, context.DeadlineExceeded) {
-		text += "\n\nThe time for this ran out; it can be given more with the timeouts attribute."
 	}
 	return text
 }
@@ -88,10 +95,40 @@ func indented(s string) string {
 }
 
 // unreachable says that a guest could not be asked, and that this is not taken for absence.
-func unreachable(host, what string, err error) diag.Diagnostic {
-	return diag.NewAttributeErrorDiagnostic(path.Root("host"), fmt.Sprintf("Unable to Read %s on %s", what, host),
-		sentence(err.Error())+"\n\nThe guest could not be asked, so nothing is concluded about what it holds, and the state is left as it was. To go on without asking it: on_unreachable = \"warn\" on the provider, or -refresh=false. "+
-			"If the guest is gone for good: terraform state rm, or a removed block.")
+func unreachable(noun, name, host string, err error) diag.Diagnostic {
+	return diag.NewAttributeErrorDiagnostic(connectionPath(err), fmt.Sprintf("Unable to Read %s %q on %s", noun, name, host),
+		withHint(err)+"\n\nThe guest could not be asked, so nothing is concluded about what it holds, and the state is left as it was. "+
+			"To go on from what was known last: on_unreachable = \"warn\" on the provider, or -refresh=false. "+goneForGood)
+}
+
+// goneForGood is the way out where a guest will never answer again.
+const goneForGood = "If the guest is gone for good, let Terraform forget it: terraform state rm ADDRESS, or a removed block with lifecycle { destroy = false }. Backups stay in the repository."
+
+// guestProblem reports that an operation on a guest failed, by cause.
+func guestProblem(action, noun, name, host string, err error) diag.Diagnostic {
+	summary := fmt.Sprintf("Unable to %s %s %q on %s", action, noun, name, host)
+	text := detail(err)
+	at := connectionPath(err)
+	if _, ok := errors.AsType[*sshlink.UnreachableError](err); ok {
+		switch action {
+		case deleting.word:
+			text += "\n\nWhat is on the guest could not be taken away, so it is kept in the state: destroy again when the guest can be reached. " + goneForGood
+		default:
+			text += "\n\nThe other resources of this run are not concerned. Apply again when the guest can be reached: what was done stays done, and the rest follows."
+		}
+	}
+	return diag.NewAttributeErrorDiagnostic(at, summary, text)
+}
+
+// connectionPath is the attribute to change where a guest is not reached.
+func connectionPath(err error) path.Path {
+	if wrong, ok := errors.AsType[*sshlink.HostKeyError](err); ok && wrong.For == "" {
+		return path.Root(connectionName).AtName("host_key")
+	}
+	if _, ok := errors.AsType[*sshlink.AuthError](err); ok {
+		return path.Root(connectionName)
+	}
+	return path.Root("host")
 }
 
 // repositoryProblem explains why the repository that the attribute at names could not be used, by cause.

@@ -30,12 +30,15 @@ type backupJobModel struct {
 	WAL                types.Object   `tfsdk:"wal"`
 	GuestSettings      types.Object   `tfsdk:"guest_settings"`
 	Credentials        types.Object   `tfsdk:"credentials"`
+	DatabaseUser       types.String   `tfsdk:"database_user"`
 	Enabled            types.Bool     `tfsdk:"enabled"`
+	RunnerUpdate       types.String   `tfsdk:"runner_update"`
 	DeletionPolicy     types.String   `tfsdk:"deletion_policy"`
 	WaitForFirstImage  types.Bool     `tfsdk:"wait_for_first_image"`
 	Timeouts           timeouts.Value `tfsdk:"timeouts"`
 
 	// What the guest has. Unknown in a plan that will change it.
+	HostKey             types.String `tfsdk:"host_key"`
 	MachineID           types.String `tfsdk:"machine_id"`
 	RunnerSHA256        types.String `tfsdk:"runner_sha256"`
 	ConfigSHA256        types.String `tfsdk:"config_sha256"`
@@ -161,6 +164,8 @@ func (m backupJobModel) toJob(ctx context.Context, diags *diag.Diagnostics) *job
 		Name:    m.Name.ValueString(),
 		Host:    m.Host.ValueString(),
 		Enabled: m.Enabled.ValueBool(),
+
+		DatabaseUser: m.DatabaseUser.ValueString(),
 		Repository: job.Repository{
 			URL:          plain,
 			Region:       settings.region,
@@ -216,6 +221,7 @@ func (m *backupJobModel) fromJob(ctx context.Context, j *job.Job, diags *diag.Di
 		m.RepositorySettings = encode(ctx, repositorySettingsTypes, settings.model(), diags)
 	}
 	m.Enabled = types.BoolValue(j.Enabled)
+	m.DatabaseUser = text(j.DatabaseUser)
 	m.Instances = encode(ctx, instancesTypes, instancesModel{
 		Include: setOf(ctx, j.Instances.Include, diags),
 		Exclude: setOf(ctx, j.Instances.Exclude, diags),
@@ -267,6 +273,9 @@ func (m *backupJobModel) fillUndeclared() {
 	if m.DeletionPolicy.IsNull() {
 		m.DeletionPolicy = types.StringValue(defaultDeletionPolicy)
 	}
+	if m.RunnerUpdate.IsNull() {
+		m.RunnerUpdate = types.StringValue(defaultRunnerUpdate)
+	}
 	if m.WaitForFirstImage.IsNull() {
 		m.WaitForFirstImage = types.BoolValue(false)
 	}
@@ -301,7 +310,10 @@ func (m *backupJobModel) fromState(ctx context.Context, s *guest.State, diags *d
 		values := map[string]attr.Value{}
 		for _, name := range ownedSettings {
 			if v, ok := i.Settings[name]; ok {
-				values[name] = types.StringValue(settingForState(name, v))
+				if name == "archive_command" {
+					v = commandForState(v)
+				}
+				values[name] = types.StringValue(v)
 			}
 		}
 		settings[i.Name] = types.MapValueMust(types.StringType, values)
@@ -316,22 +328,6 @@ func (m *backupJobModel) fromState(ctx context.Context, s *guest.State, diags *d
 // ownedSettings are the PostgreSQL settings that decide whether WAL reaches us. Others, though checked as prerequisites,
 // are the user's: what they become is none of our business.
 var ownedSettings = []string{"archive_mode", "archive_command", "archive_library"}
-
-// settingForState cuts a foreign archive_command down to its program: its arguments may hold a password, and no secret
-// enters the state.
-func settingForState(name, value string) string {
-	if name != "archive_command" || strings.Contains(value, "/pgark wal push --job ") {
-		return value
-	}
-	program, rest, _ := strings.Cut(strings.TrimSpace(value), " ")
-	switch {
-	case strings.Contains(program, "="):
-		return "…" // NAME=secret command
-	case rest != "":
-		return program + " …"
-	}
-	return program
-}
 
 func (m backupJobModel) settingsPolicy(ctx context.Context, diags *diag.Diagnostics) guest.SettingsPolicy {
 	s := decode[guestSettingsModel](ctx, m.GuestSettings, diags)
@@ -353,11 +349,13 @@ func (m backupJobModel) repairPolicy(ctx context.Context, diags *diag.Diagnostic
 	return p
 }
 
-func (m backupJobModel) connectionType(ctx context.Context, diags *diag.Diagnostics) string {
-	if t := decode[connectionModel](ctx, m.Connection, diags).Type.ValueString(); t != "" {
-		return t
-	}
-	return connectionSSH
+// keepsRunner: a runner that is installed stays, whichever it is.
+func (m backupJobModel) keepsRunner() bool { return m.RunnerUpdate.ValueString() == runnerUpdateManual }
+
+func (m backupJobModel) limits() timeouts.Value { return m.Timeouts }
+
+func (m backupJobModel) place() place {
+	return place{noun: jobNoun, host: m.Host, nameAttribute: "name", name: m.Name, connection: m.Connection, hostKey: m.HostKey}
 }
 
 // wantsCredentials reports whether the guest is to hold S3 keys.
@@ -370,4 +368,68 @@ func (m backupJobModel) credentialsSource(ctx context.Context, diags *diag.Diagn
 		return s
 	}
 	return credentialsProvider
+}
+
+// concernsGuest reports whether a plan changes something that is on the guest, or lets it be repaired: what remains are
+// the connection, and what only this side keeps.
+func (m backupJobModel) concernsGuest(state backupJobModel) bool {
+	for _, a := range m.computed() {
+		if a.IsUnknown() {
+			return true
+		}
+	}
+	return !m.Credentials.Equal(state.Credentials) || !m.GuestSettings.Equal(state.GuestSettings)
+}
+
+// computed are the attributes that say what the guest has.
+func (m backupJobModel) computed() []attr.Value {
+	return []attr.Value{m.MachineID, m.RunnerSHA256, m.ConfigSHA256, m.ProtectedInstances, m.GuestSettingsActual, m.Runners, m.GuestHasCredentials}
+}
+
+// forget makes all that the guest has unknown.
+func (m *backupJobModel) forget() {
+	m.MachineID, m.RunnerSHA256, m.ConfigSHA256 = types.StringUnknown(), types.StringUnknown(), types.StringUnknown()
+	m.ProtectedInstances = types.ListUnknown(protectedInstanceType)
+	m.GuestSettingsActual = types.MapUnknown(settingsOfInstanceType)
+	m.Runners = types.MapUnknown(types.StringType)
+	m.GuestHasCredentials = types.BoolUnknown()
+}
+
+// keepPlanned keeps what a plan has promised, also where the guest has become another meanwhile: the next refresh shows
+// it. Terraform takes any other answer for a fault of the provider.
+func (m *backupJobModel) keepPlanned(planned backupJobModel) {
+	keep(&m.HostKey, planned.HostKey)
+	keep(&m.MachineID, planned.MachineID)
+	keep(&m.RunnerSHA256, planned.RunnerSHA256)
+	keep(&m.ConfigSHA256, planned.ConfigSHA256)
+	keep(&m.ProtectedInstances, planned.ProtectedInstances)
+	keep(&m.GuestSettingsActual, planned.GuestSettingsActual)
+	keep(&m.Runners, planned.Runners)
+	keep(&m.GuestHasCredentials, planned.GuestHasCredentials)
+}
+
+func keep[T attr.Value](found *T, planned T) {
+	if !planned.IsUnknown() {
+		*found = planned
+	}
+}
+
+// nullUnknown makes the model storable before what it does not know yet is known.
+func (m *backupJobModel) nullUnknown() {
+	nothing := backupJobModel{
+		ProtectedInstances:  types.ListNull(protectedInstanceType),
+		GuestSettingsActual: types.MapNull(settingsOfInstanceType),
+		Runners:             types.MapNull(types.StringType),
+	}
+	nothing.keepPlanned(*m)
+	*m = m.withComputed(nothing)
+}
+
+// withComputed is the model with another's host key and computed attributes.
+func (m backupJobModel) withComputed(from backupJobModel) backupJobModel {
+	m.HostKey = from.HostKey
+	m.MachineID, m.RunnerSHA256, m.ConfigSHA256 = from.MachineID, from.RunnerSHA256, from.ConfigSHA256
+	m.ProtectedInstances, m.GuestSettingsActual, m.Runners = from.ProtectedInstances, from.GuestSettingsActual, from.Runners
+	m.GuestHasCredentials = from.GuestHasCredentials
+	return m
 }

@@ -32,6 +32,8 @@ const (
 	defaultExisting       = "fail"
 	existingReplace       = "replace"
 	existingChain         = "chain"
+	defaultRunnerUpdate   = "auto"
+	runnerUpdateManual    = "manual"
 	defaultDeletionPolicy = "retain"
 	deleteBackups         = "delete_backups"
 	credentialsProvider   = "provider"
@@ -97,14 +99,14 @@ func patterns(def []attr.Value, description string, set func(*job.Job, []string)
 // connectionAttribute is how a host is reached. It holds nothing secret.
 func connectionAttribute() schema.SingleNestedAttribute {
 	return schema.SingleNestedAttribute{
-		MarkdownDescription: "How the host is reached. Changing it does not touch the guest.",
+		MarkdownDescription: "How the host is reached, where that is not as the provider's `ssh` block says. Changing it changes nothing on the guest; it has to lead to the same machine.",
 		Attributes: map[string]schema.Attribute{
-			"type": withDefault(connectionSSH, "`local` (the machine that Terraform runs on, as root) or `ssh` (**not in this build**).",
+			"type": withDefault(connectionSSH, "`ssh`, or `local`: the machine that Terraform runs on, as root.",
 				stringvalidator.OneOf(connectionSSH, connectionLocal)),
 			"port":         schema.Int64Attribute{Optional: true, MarkdownDescription: "Port of the SSH server. Default: the provider's.", Validators: []validator.Int64{int64validator.Between(1, 65535)}},
 			"user":         schema.StringAttribute{Optional: true, MarkdownDescription: "Account to log in as. Default: the provider's.", Validators: []validator.String{stringvalidator.LengthAtLeast(1)}},
-			"host_key":     schema.StringAttribute{Optional: true, MarkdownDescription: "Public key of the host.", Validators: []validator.String{stringvalidator.LengthAtLeast(1)}},
-			"bastion_host": schema.StringAttribute{Optional: true, MarkdownDescription: "Host to jump through. Default: the provider's.", Validators: []validator.String{stringvalidator.LengthAtLeast(1)}},
+			"host_key":     schema.StringAttribute{Optional: true, MarkdownDescription: "Public key that the host has to show, `ssh-ed25519 AAAA…`. It comes before the one that is pinned: declare the new one after a host was set up anew.", Validators: []validator.String{validators.String("a public key, as in `ssh-ed25519 AAAA…`", checkHostKey)}},
+			"bastion_host": schema.StringAttribute{Optional: true, MarkdownDescription: "Host to jump through. Default: the provider's.", Validators: hostValidators()},
 		},
 	}
 }
@@ -220,7 +222,7 @@ func guestSettingsAttribute() schema.SingleNestedAttribute {
 			"manage": boolWithDefault(true, "Whether settings are changed at all; if not, what is missing is a prerequisite that is not met."),
 			"restart": withDefault(defaultRestart, "Whether PostgreSQL may be restarted where a setting (`archive_mode`, `wal_level`) needs that: `never` or `allow`.",
 				stringvalidator.OneOf(defaultRestart, "allow")),
-			"existing_archive_command": withDefault(defaultExisting, "What to do about an `archive_command` that is not ours: `fail`, `replace` (until destroy puts it back), `chain` (**not in this build**).",
+			"existing_archive_command": withDefault(defaultExisting, "What to do about an `archive_command` that is not ours: `fail`; `replace` it, until destroy puts it back; or `chain` it behind ours, so that both have to succeed, and destroy puts it back byte for byte.",
 				stringvalidator.OneOf(defaultExisting, existingReplace, existingChain)),
 		},
 	})
@@ -274,14 +276,18 @@ func (r *backupJobResource) Schema(ctx context.Context, _ resource.SchemaRequest
 					},
 				},
 			},
-			"enabled":              boolWithDefault(true, "Whether the runner works; `false` pauses the job without removing it."),
+			"database_user": schema.StringAttribute{
+				Optional: true, MarkdownDescription: "PostgreSQL role that pgark works as in every instance, over the Unix socket by peer authentication. It needs no superuser; a grant that it lacks is a prerequisite that is not met. Default: the role of the instance's owner.",
+				Validators: []validator.String{stringvalidator.LengthAtLeast(1), validators.String("a role's name", validators.Job(func(j *job.Job, v string) { j.DatabaseUser = v }))},
+			},
+			"enabled": boolWithDefault(true, "Whether the runner works; `false` pauses the job without removing it."),
+			"runner_update": withDefault(defaultRunnerUpdate, "When the guest's runner becomes the one that this provider carries: `auto`, with the next apply; `manual`, never by itself: another one makes no difference in a plan, and a guest keeps its runner until this is set to `auto`. One that is missing is installed in any case.",
+				stringvalidator.OneOf(defaultRunnerUpdate, runnerUpdateManual)),
 			"deletion_policy":      withDefault(defaultDeletionPolicy, "What destroy does with the job's backups: `retain` them, or `delete_backups`.", stringvalidator.OneOf(defaultDeletionPolicy, deleteBackups)),
 			"wait_for_first_image": boolWithDefault(false, "Whether apply waits until every instance has its first image. The `create` timeout has to allow for it."),
 
-			"machine_id": schema.StringAttribute{
-				Computed: true, MarkdownDescription: "Identity of the machine that the job runs on.",
-				PlanModifiers: []planmodifier.String{stringplanmodifier.UseStateForUnknown()},
-			},
+			"host_key":      hostKeyAttribute(),
+			"machine_id":    schema.StringAttribute{Computed: true, MarkdownDescription: "Identity of the machine that the job runs on. Known after apply, when another machine answers."},
 			"runner_sha256": schema.StringAttribute{Computed: true, MarkdownDescription: "SHA-256 of the runner on the guest. Known after apply, when another one is to be installed."},
 			"config_sha256": schema.StringAttribute{Computed: true, MarkdownDescription: "SHA-256 of the job as the guest has it. Known after apply, when the guest's differs from what is declared."},
 			"protected_instances": schema.ListNestedAttribute{
@@ -300,18 +306,26 @@ func (r *backupJobResource) Schema(ctx context.Context, _ resource.SchemaRequest
 			},
 			"runners": schema.MapAttribute{
 				Computed: true, ElementType: types.StringType,
-				MarkdownDescription: "State of each instance's runner: `running`, `stopped` or `missing`. Known after apply, when it is not what it should be and will be repaired.",
+				MarkdownDescription: "State of each instance's runner: `running`, `stopped`, `missing`, `silent` (it does not answer), `outdated` (it runs another binary), `masked`, `disabled` or `edited` (its unit). Known after apply, when it is not what it should be and will be repaired.",
 			},
 			"guest_has_credentials": schema.BoolAttribute{Computed: true, MarkdownDescription: "Whether the guest holds S3 keys for the job."},
 
 			"timeouts": timeouts.Attributes(ctx, timeouts.Opts{
 				Create: true, Read: true, Update: true, Delete: true,
 				CreateDescription: "Limit for creating, as a Go duration. Default: `10m`.",
-				ReadDescription:   "Limit for reading, as a Go duration. Default: `1m`.",
+				ReadDescription:   "Limit for reading, as a Go duration. Default: `2m`.",
 				UpdateDescription: "Limit for updating, as a Go duration. Default: `10m`.",
 				DeleteDescription: "Limit for deleting, as a Go duration. Default: `10m`.",
 			}),
 		},
+	}
+}
+
+// hostKeyAttribute is the key that a host has shown.
+func hostKeyAttribute() schema.StringAttribute {
+	return schema.StringAttribute{
+		Computed: true, MarkdownDescription: "Public key that the host has shown, `ssh-ed25519 AAAA…`. From then on it has to show that one, wherever Terraform runs, unless `connection.host_key` declares another. " +
+			"Null for a local connection, and under `host_key_policy = \"insecure\"`.",
 	}
 }
 

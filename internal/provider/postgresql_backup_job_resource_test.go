@@ -251,10 +251,6 @@ func TestAccBackupJob_prerequisites(t *testing.T) {
 	folder := fmt.Sprintf("wal = { temp_folder = %q }", missing)
 	w.test(
 		resource.TestStep{
-			Config: w.providerConfig("") + w.repositoryConfig() + strings.Replace(w.jobConfig(""), `{ type = "local" }`, `{ type = "ssh" }`, 1), PlanOnly: true,
-			ExpectError: inOrder(`connection type "ssh" is not in this build`),
-		},
-		resource.TestStep{
 			Config: w.providerConfig("") + w.repositoryConfig() + w.jobConfig(`credentials = { source = "static" }`), PlanOnly: true,
 			ExpectError: inOrder("needs access_key_id"),
 		},

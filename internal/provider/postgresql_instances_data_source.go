@@ -4,9 +4,10 @@ import (
 	"context"
 	"time"
 
+	"github.com/hashicorp/terraform-plugin-framework/attr"
 	"github.com/hashicorp/terraform-plugin-framework/datasource"
 	"github.com/hashicorp/terraform-plugin-framework/datasource/schema"
-	"github.com/hashicorp/terraform-plugin-framework/path"
+	"github.com/hashicorp/terraform-plugin-framework/diag"
 	"github.com/hashicorp/terraform-plugin-framework/types"
 
 	"github.com/pgark/terraform-provider-pgark/internal/engine/guest"
@@ -41,9 +42,30 @@ type instanceModel struct {
 	WALLevel         types.String `tfsdk:"wal_level"`
 	SizeBytes        types.Int64  `tfsdk:"size_bytes"`
 	WALSegmentBytes  types.Int64  `tfsdk:"wal_segment_bytes"`
+	ArchiveCommand   types.String `tfsdk:"archive_command"`
+	ArchiveLibrary   types.String `tfsdk:"archive_library"`
+	Databases        types.List   `tfsdk:"databases"`
+	Extensions       types.List   `tfsdk:"extensions"`
+	Tablespaces      types.List   `tfsdk:"tablespaces"`
+	Followers        types.List   `tfsdk:"followers"`
+	Service          types.String `tfsdk:"service"`
+	Manager          types.String `tfsdk:"manager"`
+	Problem          types.String `tfsdk:"problem"`
 }
 
-func newInstanceModel(i guest.Instance) instanceModel {
+type tablespaceModel struct {
+	Name     types.String `tfsdk:"name"`
+	Location types.String `tfsdk:"location"`
+}
+
+func newInstanceModel(ctx context.Context, i guest.Instance, diags *diag.Diagnostics) instanceModel {
+	tablespaces := make([]tablespaceModel, 0, len(i.Tablespaces))
+	for _, t := range i.Tablespaces {
+		tablespaces = append(tablespaces, tablespaceModel{Name: types.StringValue(t.Name), Location: types.StringValue(t.Location)})
+	}
+	names := func(list []string) types.List {
+		return listOf(ctx, types.StringType, append([]string{}, list...), diags) // empty rather than null
+	}
 	return instanceModel{
 		Name:             types.StringValue(i.Name),
 		Version:          types.Int64Value(int64(i.Version)),
@@ -59,6 +81,15 @@ func newInstanceModel(i guest.Instance) instanceModel {
 		WALLevel:         text(i.WALLevel),
 		SizeBytes:        types.Int64Value(i.SizeBytes),
 		WALSegmentBytes:  count(int64(i.WALSegment)),
+		ArchiveCommand:   text(i.ArchiveCommand),
+		ArchiveLibrary:   text(i.ArchiveLibrary),
+		Databases:        names(i.Databases),
+		Extensions:       names(i.Extensions),
+		Tablespaces:      listOf(ctx, tablespaceType, tablespaces, diags),
+		Followers:        names(i.Followers),
+		Service:          text(i.Service),
+		Manager:          text(i.Manager),
+		Problem:          text(i.Problem),
 	}
 }
 
@@ -80,9 +111,26 @@ func instanceListAttribute() schema.ListNestedAttribute {
 			"wal_level":         schema.StringAttribute{Computed: true, MarkdownDescription: "Its setting `wal_level`; null when it is not running."},
 			"size_bytes":        schema.Int64Attribute{Computed: true, MarkdownDescription: "Size of the data directory."},
 			"wal_segment_bytes": schema.Int64Attribute{Computed: true, MarkdownDescription: "Size of a WAL segment."},
+			"archive_command":   schema.StringAttribute{Computed: true, MarkdownDescription: "Program that its `archive_command` runs; its arguments, which may hold a password, are left out. Null when there is none, or it is not known."},
+			"archive_library":   schema.StringAttribute{Computed: true, MarkdownDescription: "Its setting `archive_library`; null when there is none, or it is not known."},
+			"databases":         schema.ListAttribute{Computed: true, ElementType: types.StringType, MarkdownDescription: "Names of its databases, without templates. Empty when the server could not be asked, as are the following lists."},
+			"extensions":        schema.ListAttribute{Computed: true, ElementType: types.StringType, MarkdownDescription: "Extensions of its database `postgres`."},
+			"tablespaces": schema.ListNestedAttribute{
+				Computed: true, MarkdownDescription: "Tablespaces that lie outside the data directory.",
+				NestedObject: schema.NestedAttributeObject{Attributes: map[string]schema.Attribute{
+					"name":     schema.StringAttribute{Computed: true, MarkdownDescription: "Name of the tablespace."},
+					"location": schema.StringAttribute{Computed: true, MarkdownDescription: "Its directory."},
+				}},
+			},
+			"followers": schema.ListAttribute{Computed: true, ElementType: types.StringType, MarkdownDescription: "Standbys that stream from it, by `application_name`."},
+			"service":   schema.StringAttribute{Computed: true, MarkdownDescription: "systemd unit that runs it, or would; null if there is none."},
+			"manager":   schema.StringAttribute{Computed: true, MarkdownDescription: "Cluster manager that decides about its role and settings, as `patroni`; null if there is none."},
+			"problem":   schema.StringAttribute{Computed: true, MarkdownDescription: "Why the server, which runs, could not be asked; null if it could."},
 		}},
 	}
 }
+
+var tablespaceType = types.ObjectType{AttrTypes: map[string]attr.Type{"name": types.StringType, "location": types.StringType}}
 
 var instanceType = types.ObjectType{AttrTypes: attributeTypes(instanceListAttribute())}
 
@@ -116,12 +164,12 @@ func (d *instancesDataSource) Read(ctx context.Context, req datasource.ReadReque
 	defer cancel()
 	found, err := g.Discover(ctx)
 	if err != nil {
-		diags.AddAttributeError(path.Root("host"), "Unable to Find PostgreSQL Instances on "+m.Host.ValueString(), detail(err))
+		diags.AddAttributeError(connectionPath(err), "Unable to Find PostgreSQL Instances on "+m.Host.ValueString(), detail(err))
 		return
 	}
 	list := make([]instanceModel, 0, len(found))
 	for _, i := range found {
-		list = append(list, newInstanceModel(i))
+		list = append(list, newInstanceModel(ctx, i, diags))
 	}
 	m.Instances = listOf(ctx, instanceType, list, diags)
 	diags.Append(resp.State.Set(ctx, &m)...)

@@ -6,7 +6,6 @@ import (
 	"github.com/hashicorp/terraform-plugin-framework-validators/stringvalidator"
 	"github.com/hashicorp/terraform-plugin-framework/datasource"
 	"github.com/hashicorp/terraform-plugin-framework/datasource/schema"
-	"github.com/hashicorp/terraform-plugin-framework/path"
 	"github.com/hashicorp/terraform-plugin-framework/schema/validator"
 	"github.com/hashicorp/terraform-plugin-framework/types"
 
@@ -31,6 +30,7 @@ type prerequisitesDataModel struct {
 	Include            types.Set    `tfsdk:"include"`
 	Exclude            types.Set    `tfsdk:"exclude"`
 	TempFolder         types.String `tfsdk:"temp_folder"`
+	DatabaseUser       types.String `tfsdk:"database_user"`
 	GuestSettings      types.Object `tfsdk:"guest_settings"`
 	Ready              types.Bool   `tfsdk:"ready"`
 	Checks             types.List   `tfsdk:"checks"`
@@ -88,12 +88,16 @@ func (d *prerequisitesDataSource) Schema(_ context.Context, _ datasource.SchemaR
 				Optional: true, MarkdownDescription: "Directory that is to take WAL while the repository is unreachable.",
 				Validators: []validator.String{validators.String("an absolute path", validators.Job(func(j *job.Job, v string) { j.WAL.TempFolder = v }))},
 			},
+			"database_user": schema.StringAttribute{
+				Optional: true, MarkdownDescription: "PostgreSQL role that pgark is to work as, as in the job.",
+				Validators: []validator.String{validators.String("a role's name", validators.Job(func(j *job.Job, v string) { j.DatabaseUser = v }))},
+			},
 			"guest_settings": schema.SingleNestedAttribute{
 				Optional: true, MarkdownDescription: "What pgark would be allowed to do, as in the job. It decides what still is a prerequisite.",
 				Attributes: map[string]schema.Attribute{
 					"manage":                   schema.BoolAttribute{Optional: true, MarkdownDescription: "Whether settings may be changed. Default: `true`."},
 					"restart":                  schema.StringAttribute{Optional: true, MarkdownDescription: "`never` (default) or `allow`.", Validators: []validator.String{stringvalidator.OneOf(defaultRestart, "allow")}},
-					"existing_archive_command": schema.StringAttribute{Optional: true, MarkdownDescription: "`fail` (default) or `replace`.", Validators: []validator.String{stringvalidator.OneOf(defaultExisting, existingReplace)}},
+					"existing_archive_command": schema.StringAttribute{Optional: true, MarkdownDescription: "`fail` (default), `replace` or `chain`.", Validators: []validator.String{stringvalidator.OneOf(defaultExisting, existingReplace, existingChain)}},
 				},
 			},
 			"ready":  schema.BoolAttribute{Computed: true, MarkdownDescription: "Whether no check fails."},
@@ -124,11 +128,13 @@ func (d *prerequisitesDataSource) Read(ctx context.Context, req datasource.ReadR
 	defer cancel()
 	withRepository := !m.Repository.IsNull()
 	j := &job.Job{
-		Name:      firstOf(m.Job.ValueString(), "prerequisites"),
-		Host:      m.Host.ValueString(),
-		Enabled:   true,
-		Instances: job.Selection{Include: stringsOf(ctx, m.Include, diags), Exclude: stringsOf(ctx, m.Exclude, diags)},
-		WAL:       job.WAL{TempFolder: m.TempFolder.ValueString()},
+		Name:    firstOf(m.Job.ValueString(), "prerequisites"),
+		Host:    m.Host.ValueString(),
+		Enabled: true,
+
+		DatabaseUser: m.DatabaseUser.ValueString(),
+		Instances:    job.Selection{Include: stringsOf(ctx, m.Include, diags), Exclude: stringsOf(ctx, m.Exclude, diags)},
+		WAL:          job.WAL{TempFolder: m.TempFolder.ValueString()},
 	}
 	m.RepositorySettings = d.settings(ctx, m.Repository, m.RepositorySettings, diags)
 	if withRepository {
@@ -148,7 +154,7 @@ func (d *prerequisitesDataSource) Read(ctx context.Context, req datasource.ReadR
 	}
 	checks, err := d.data.check(ctx, g, m.Host.ValueString(), guest.CheckRequest{Job: j, Credentials: keys, Settings: policy})
 	if err != nil {
-		diags.AddAttributeError(path.Root("host"), "Unable to Check Prerequisites on "+m.Host.ValueString(), detail(err))
+		diags.AddAttributeError(connectionPath(err), "Unable to Check Prerequisites on "+m.Host.ValueString(), detail(err))
 		return
 	}
 	ready := true

@@ -23,8 +23,6 @@ import (
 	"context"
 	"os"
 
-	"github.com/hashicorp/terraform-plugin-framework-timetypes/timetypes"
-	"github.com/hashicorp/terraform-plugin-framework-validators/int64validator"
 	"github.com/hashicorp/terraform-plugin-framework-validators/stringvalidator"
 	"github.com/hashicorp/terraform-plugin-framework/datasource"
 	"github.com/hashicorp/terraform-plugin-framework/path"
@@ -59,7 +57,10 @@ type pgarkProvider struct {
 	world   world
 }
 
-var _ provider.Provider = (*pgarkProvider)(nil)
+var (
+	_ provider.Provider                   = (*pgarkProvider)(nil)
+	_ provider.ProviderWithValidateConfig = (*pgarkProvider)(nil)
+)
 
 func (p *pgarkProvider) Metadata(_ context.Context, _ provider.MetadataRequest, resp *provider.MetadataResponse) {
 	resp.TypeName = "pgark"
@@ -88,47 +89,11 @@ func (p *pgarkProvider) Schema(_ context.Context, _ provider.SchemaRequest, resp
 	optional := func(description string, v ...validator.String) schema.StringAttribute {
 		return schema.StringAttribute{Optional: true, MarkdownDescription: description, Validators: v}
 	}
-	secret := func(description string) schema.StringAttribute {
-		return schema.StringAttribute{Optional: true, Sensitive: true, MarkdownDescription: description}
-	}
-	port := func(description string) schema.Int64Attribute {
-		return schema.Int64Attribute{Optional: true, MarkdownDescription: description, Validators: []validator.Int64{int64validator.Between(1, 65535)}}
-	}
-	duration := func(description string) schema.StringAttribute {
-		return schema.StringAttribute{Optional: true, CustomType: timetypes.GoDurationType{}, MarkdownDescription: description}
-	}
 
 	resp.Schema = schema.Schema{
 		MarkdownDescription: "pgark protects PostgreSQL servers on Linux guests: scheduled image backups and continuous WAL shipping to S3, from which any moment can be restored.",
 		Attributes: map[string]schema.Attribute{
-			"ssh": schema.SingleNestedAttribute{
-				Optional: true,
-				MarkdownDescription: "How guests are reached over SSH. Nothing of it enters the state. " +
-					"**Connections over SSH are not in this build**: use `connection = { type = \"local\" }`.",
-				Attributes: map[string]schema.Attribute{
-					"user":                   optional("Account to log in as. Default: `root`."),
-					"port":                   port("Port of the SSH server. Default: `22`."),
-					"private_key":            secret("Private key, PEM or OpenSSH, its content."),
-					"private_key_file":       optional("File with the private key; `~` is expanded.", stringvalidator.ConflictsWith(path.MatchRelative().AtParent().AtName("private_key"))),
-					"private_key_passphrase": secret("Passphrase of the private key."),
-					"certificate":            optional("OpenSSH certificate for the private key, its content."),
-					"password":               secret("Password to log in with; also used for sudo unless `sudo_password` is set."),
-					"agent":                  schema.BoolAttribute{Optional: true, MarkdownDescription: "Whether the SSH agent is asked. Default: `true` when `SSH_AUTH_SOCK` is set and no key is given."},
-					"host_key_policy": optional("What to do with a host key: `strict` (default: it has to be known), `accept-new` (an unknown one is accepted and pinned in the state), `insecure` (any).",
-						stringvalidator.OneOf("strict", "accept-new", "insecure")),
-					"known_hosts_file": optional("File with known host keys. Default: `~/.ssh/known_hosts`."),
-					"timeout":          duration("Limit for connecting and logging in. Default: `30s`."),
-					"wait_for_host":    duration("How long a new guest is waited for while it boots. Default: `5m`."),
-					"sudo": optional("Whether commands run through sudo: `auto` (default: when the account is not root), `always`, `never`.",
-						stringvalidator.OneOf("auto", "always", "never")),
-					"sudo_password":       secret("Password for sudo."),
-					"bastion_host":        optional("Host to jump through."),
-					"bastion_port":        port("Port of the bastion's SSH server. Default: `port`."),
-					"bastion_user":        optional("Account on the bastion. Default: `user`."),
-					"bastion_private_key": secret("Private key for the bastion, its content. Default: the host's."),
-					"bastion_host_key":    optional("Public host key of the bastion, as one line of a known_hosts file without the host."),
-				},
-			},
+			"ssh": sshAttribute(),
 			"s3": schema.SingleNestedAttribute{
 				Optional: true,
 				MarkdownDescription: "How S3 is reached, by this process and, unless a job says otherwise, by its guest. " +
@@ -151,6 +116,18 @@ func (p *pgarkProvider) Schema(_ context.Context, _ provider.SchemaRequest, resp
 	}
 }
 
+// ValidateConfig looks at what no single attribute can tell.
+func (p *pgarkProvider) ValidateConfig(ctx context.Context, req provider.ValidateConfigRequest, resp *provider.ValidateConfigResponse) {
+	var m providerModel
+	resp.Diagnostics.Append(req.Config.Get(ctx, &m)...)
+	if resp.Diagnostics.HasError() || m.SSH.IsUnknown() {
+		return
+	}
+	// The environment of an apply may be another than that of a validation, which finds fault with the block alone.
+	anything := func(string) string { return "set" }
+	resp.Diagnostics.Append(checkSSH(decode[sshModel](ctx, m.SSH, &resp.Diagnostics), anything)...)
+}
+
 func (p *pgarkProvider) Configure(ctx context.Context, req provider.ConfigureRequest, resp *provider.ConfigureResponse) {
 	var m providerModel
 	resp.Diagnostics.Append(req.Config.Get(ctx, &m)...)
@@ -158,6 +135,9 @@ func (p *pgarkProvider) Configure(ctx context.Context, req provider.ConfigureReq
 		return
 	}
 	s3 := decode[s3Model](ctx, m.S3, &resp.Diagnostics)
+	block := decode[sshModel](ctx, m.SSH, &resp.Diagnostics)
+	resp.Diagnostics.Append(checkSSH(block, os.Getenv)...)
+	ssh := sshFrom(block, os.Getenv, &resp.Diagnostics)
 	if resp.Diagnostics.HasError() {
 		return
 	}
@@ -166,6 +146,13 @@ func (p *pgarkProvider) Configure(ctx context.Context, req provider.ConfigureReq
 	// Values that come from resources not created yet are unknown during plan. That is no error: what needs them is
 	// checked when they are known, in the apply.
 	d.unknown = !req.Config.Raw.IsFullyKnown()
+	d.ssh = ssh
+	if raw, err := m.SSH.ToTerraformValue(ctx); err != nil || !raw.IsFullyKnown() {
+		d.ssh.unknown = true
+	}
+	if !d.ssh.keepsKeys() {
+		resp.Diagnostics.Append(insecureHostKeys())
+	}
 	if v := m.PrerequisiteChecks.ValueString(); v != "" {
 		d.checks = v
 	}

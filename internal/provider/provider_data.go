@@ -5,14 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
-	"runtime"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/config"
 	"github.com/hashicorp/terraform-plugin-framework/diag"
-	"github.com/hashicorp/terraform-plugin-framework/path"
 	"github.com/hashicorp/terraform-plugin-framework/types"
 
 	"github.com/pgark/terraform-provider-pgark/internal/engine/guest"
@@ -32,20 +30,17 @@ const (
 	unreachableWarn  = "warn"
 )
 
-// The values of connection.type.
-const (
-	connectionSSH   = "ssh"
-	connectionLocal = "local"
-)
-
 // world is what the provider stands on besides Terraform; tests put parts of their own in its place.
 type world struct {
-	layout func() job.Layout
-	runner func(goarch string) (binary []byte, digest string, err error)
+	layout func() job.Layout // of this machine as a guest
+	// runner gives the runner for an architecture, compressed by gzip, and the SHA-256 of the binary itself; binary gives
+	// the binary.
+	runner func(goarch string) (compressed []byte, digest string, err error)
+	binary func(goarch string) ([]byte, error)
 }
 
 func theWorld() world {
-	return world{layout: job.FindLayout, runner: runnerdist.Binary}
+	return world{layout: job.FindLayout, runner: runnerdist.Compressed, binary: runnerdist.Runner}
 }
 
 // providerData is what one provider process knows; see the package comment. Safe for concurrent use.
@@ -54,12 +49,17 @@ type providerData struct {
 	checks        string
 	onUnreachable string
 	s3            s3Defaults
+	ssh           sshDefaults
 	unknown       bool // some of the provider's own configuration is not known yet
+
+	hostsMu sync.Mutex // guards hosts; key files are read under it
+	hosts   map[endpoint]*host
 
 	mu           sync.Mutex // guards what follows; nothing that blocks is called under it
 	repositories map[string]knownRepository
 	ofJobs       map[string]repositorySettings // how jobs reach repositories, for data sources only
-	connections  map[string]string             // connection type by host
+	reaches      map[string]reach              // how jobs reach their hosts
+	unread       map[string]diag.Diagnostic    // why a guest could not be read in this process, by noun and host/name
 	checked      map[string]*checkRun
 }
 
@@ -90,7 +90,9 @@ func newProviderData(w world) *providerData {
 		onUnreachable: unreachableError,
 		repositories:  map[string]knownRepository{},
 		ofJobs:        map[string]repositorySettings{},
-		connections:   map[string]string{},
+		reaches:       map[string]reach{},
+		unread:        map[string]diag.Diagnostic{},
+		hosts:         map[endpoint]*host{},
 		checked:       map[string]*checkRun{},
 	}
 }
@@ -108,49 +110,12 @@ func fromProviderData(data any, diags *diag.Diagnostics) *providerData {
 	return d
 }
 
-// ---- guests ---------------------------------------------------------------------------------------------------------
+// ---- prerequisites -----------------------------------------------------------------------------------------------
 
-// guest reaches a host. It makes no connection yet.
-func (d *providerData) guest(host, connection string, diags *diag.Diagnostics) guest.Guest {
-	if connection == connectionLocal {
-		return guest.Local(d.world.layout())
-	}
-	diags.Append(notInThisBuild(path.Root(connectionName).AtName("type"), fmt.Sprintf("connection type %q", connection),
-		fmt.Sprintf("What works is connection = { type = \"local\" }: the machine that Terraform runs on. Run Terraform on %s itself, as root, or wait for a build with SSH.", host)))
-	return nil
-}
-
-// rememberConnection lets those that name only a host find how it is reached.
-func (d *providerData) rememberConnection(host, connection string) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.connections[host] = connection
-}
-
-// connection is how this configuration reaches the host of a job: as the job does, if it is in this configuration. The
-// process of an apply does not hear of a job that does not change; then this very machine is asked whether it has it.
-func (d *providerData) connection(ctx context.Context, host, name string) string {
-	d.mu.Lock()
-	c, ok := d.connections[host]
-	d.mu.Unlock()
-	switch {
-	case ok:
-		return c
-	case name != "" && d.holdsLocally(ctx, host, name):
-		return connectionLocal
-	}
-	return connectionSSH
-}
-
-// holdsLocally reports whether this very machine is the host, as far as a job file tells.
-func (d *providerData) holdsLocally(ctx context.Context, host, name string) bool {
-	s, err := guest.Local(d.world.layout()).State(ctx, name)
-	return err == nil && s.Job != nil && s.Job.Host == host
-}
-
-// runner gives the runner binary for a guest, and its SHA-256.
-func (d *providerData) runner() (binary []byte, digest string, err error) {
-	return d.world.runner(runtime.GOARCH) // a local guest is this machine
+// digest is that of the runner for an architecture.
+func (d *providerData) digest(goarch string) (string, error) {
+	_, digest, err := d.world.runner(goarch)
+	return digest, err
 }
 
 // checkRun is one run of the prerequisite checks, shared by all who ask the same.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"time"
 
 	"github.com/hashicorp/terraform-plugin-framework-timeouts/resource/timeouts"
@@ -11,7 +12,6 @@ import (
 	"github.com/hashicorp/terraform-plugin-framework-validators/int64validator"
 	"github.com/hashicorp/terraform-plugin-framework-validators/resourcevalidator"
 	"github.com/hashicorp/terraform-plugin-framework-validators/stringvalidator"
-	"github.com/hashicorp/terraform-plugin-framework/diag"
 	"github.com/hashicorp/terraform-plugin-framework/path"
 	"github.com/hashicorp/terraform-plugin-framework/resource"
 	"github.com/hashicorp/terraform-plugin-framework/resource/identityschema"
@@ -28,7 +28,10 @@ import (
 
 const retentionNoun = "WAL Retention"
 
-const retentionTimeout = 2 * time.Minute // one small file on the guest
+const (
+	retentionTimeout       = 2 * time.Minute  // one small file on the guest
+	retentionCreateTimeout = 10 * time.Minute // the guest may still boot
+)
 
 type walRetentionResource struct{ data *providerData }
 
@@ -48,6 +51,7 @@ type walRetentionModel struct {
 	Host              types.String   `tfsdk:"host"`
 	Job               types.String   `tfsdk:"job"`
 	Connection        types.Object   `tfsdk:"host_connection"`
+	HostKey           types.String   `tfsdk:"host_key"`
 	UntilImageDeleted types.Bool     `tfsdk:"until_image_deleted"`
 	KeepDays          types.Int64    `tfsdk:"keep_days"`
 	EnforcedBy        types.String   `tfsdk:"enforced_by"`
@@ -71,11 +75,11 @@ func (m *walRetentionModel) fromRetention(r *job.WALRetention) {
 	m.EnforcedBy = types.StringValue(r.EnforcedBy)
 }
 
-func (m walRetentionModel) connectionType(ctx context.Context, diags *diag.Diagnostics) string {
-	return firstOf(decode[connectionModel](ctx, m.Connection, diags).Type.ValueString(), connectionSSH)
-}
+func (m walRetentionModel) limits() timeouts.Value { return m.Timeouts }
 
-func (m walRetentionModel) name() string { return m.Host.ValueString() + "/" + m.Job.ValueString() }
+func (m walRetentionModel) place() place {
+	return place{noun: retentionNoun, host: m.Host, nameAttribute: "job", name: m.Job, connection: m.Connection, hostKey: m.HostKey}
+}
 
 func (r *walRetentionResource) Metadata(_ context.Context, req resource.MetadataRequest, resp *resource.MetadataResponse) {
 	resp.TypeName = req.ProviderTypeName + "_wal_retention"
@@ -96,7 +100,8 @@ func (r *walRetentionResource) Schema(ctx context.Context, _ resource.SchemaRequ
 	replace := []planmodifier.String{stringplanmodifier.RequiresReplace()}
 	connection := connectionAttribute()
 	connection.Optional, connection.Computed = true, true
-	connection.MarkdownDescription = "How the host is reached. Default: as the job of this configuration reaches it (refer to its `host` and `name`), else over SSH."
+	connection.MarkdownDescription = "How the host is reached. Default: as the job of this configuration reaches it (refer to its `host` and `name`), and as it does when that changes; else over SSH, as the provider's `ssh` block says. " +
+		"It is kept here, because what is destroyed or changed alone hears nothing of the job."
 	resp.Schema = schema.Schema{
 		MarkdownDescription: "How long the WAL of a job is kept. A job without it keeps all WAL that its images can be rolled forward with. Whatever the rule, an image never loses the WAL that makes it consistent. " +
 			"One per job; it is kept in the job's file on the guest. **Destroying it returns the job to keeping all that WAL.**",
@@ -107,6 +112,7 @@ func (r *walRetentionResource) Schema(ctx context.Context, _ resource.SchemaRequ
 				Validators: []validator.String{validators.String("letters, digits, dot, underscore and hyphen", jobName)},
 			},
 			connectionName: connection,
+			"host_key":     hostKeyAttribute(),
 			"until_image_deleted": schema.BoolAttribute{
 				Optional: true, MarkdownDescription: "`true`: WAL is kept until the image that it follows is deleted, so that every kept image can be rolled forward to the next.",
 				Validators: []validator.Bool{boolvalidator.Equals(true)},
@@ -138,6 +144,9 @@ func (r *walRetentionResource) ValidateConfig(ctx context.Context, req resource.
 	}
 }
 
+// followsKey is the private state that says whether the connection is the job's, because none is declared.
+const followsKey = "follows"
+
 func (r *walRetentionResource) ModifyPlan(ctx context.Context, req resource.ModifyPlanRequest, resp *resource.ModifyPlanResponse) {
 	if req.Plan.Raw.IsNull() || r.data == nil {
 		return
@@ -156,30 +165,24 @@ func (r *walRetentionResource) ModifyPlan(ctx context.Context, req resource.Modi
 	if config.Connection.IsNull() {
 		switch {
 		case !create:
-			m.Connection = state.Connection
+			m.Connection = state.Connection // Read follows the job
 		case m.Host.IsUnknown() || m.Job.IsUnknown():
 			m.Connection = types.ObjectUnknown(connectionTypes)
 		default:
-			m.Connection = r.connection(ctx, m, diags)
+			m.Connection = r.data.reachOf(ctx, m.Host.ValueString(), m.Job.ValueString()).model()
 		}
-		diags.Append(resp.Plan.SetAttribute(ctx, path.Root(connectionName), m.Connection)...)
 	}
+	m.HostKey = planHostKey(create, m.place(), state.place())
+	diags.Append(resp.Plan.SetAttribute(ctx, path.Root(connectionName), m.Connection)...)
+	diags.Append(resp.Plan.SetAttribute(ctx, path.Root("host_key"), m.HostKey)...)
 	if create {
-		if !m.Host.IsUnknown() && !m.Connection.IsUnknown() {
-			r.data.guest(m.Host.ValueString(), m.connectionType(ctx, diags), diags) // says so now if it cannot be reached at all
-		}
 		return
 	}
+	r.data.planUnread(ctx, m.place(), state.place(), req.Private, diags)
 	if from, to, shorter := shortened(state, m); shorter {
 		diags.AddAttributeWarning(path.Root("keep_days"), fmt.Sprintf("WAL Retention of %q Becomes Shorter", m.Job.ValueString()),
 			fmt.Sprintf("WAL was kept %s, and will be kept %s. What is older is deleted the next time retention is applied, and moments that only it reaches cannot be restored any more.", from, to))
 	}
-}
-
-// connection is how the rest of this configuration reaches the host.
-func (r *walRetentionResource) connection(ctx context.Context, m walRetentionModel, diags *diag.Diagnostics) types.Object {
-	kind := r.data.connection(ctx, m.Host.ValueString(), m.Job.ValueString())
-	return encode(ctx, connectionTypes, connectionModel{Type: types.StringValue(kind)}, diags)
 }
 
 // shortened compares two retentions. "Until the image is deleted" keeps at least what any number of days keeps.
@@ -198,130 +201,101 @@ func shortened(before, after walRetentionModel) (from, to string, shorter bool) 
 }
 
 func (r *walRetentionResource) Create(ctx context.Context, req resource.CreateRequest, resp *resource.CreateResponse) {
-	diags := &resp.Diagnostics
-	var m walRetentionModel
-	diags.Append(req.Plan.Get(ctx, &m)...)
-	setIdentity(ctx, resp.Identity, diags, m.Host, "job", m.Job)
-	timeout, d := m.Timeouts.Create(ctx, retentionTimeout)
-	diags.Append(d...)
-	if diags.HasError() {
-		return
-	}
-	if m.Connection.IsUnknown() {
-		m.Connection = r.connection(ctx, m, diags)
-	}
-	ctx, cancel := context.WithTimeout(ctx, timeout)
-	defer cancel()
-	if r.write(ctx, m, "Create", diags) {
-		diags.Append(resp.State.Set(ctx, &m)...)
-	}
+	operate(ctx, r.data, creating, req.Plan, resp.Identity, retentionCreateTimeout, &resp.Diagnostics, func(ctx context.Context, o *operation, m walRetentionModel) {
+		if m.Connection.IsUnknown() {
+			m.Connection = r.data.reachOf(ctx, m.Host.ValueString(), m.Job.ValueString()).model()
+		}
+		if r.write(ctx, o, &m, req.Config, resp.Private) {
+			o.diags.Append(resp.State.Set(ctx, &m)...)
+		}
+	})
+}
+
+func (r *walRetentionResource) Update(ctx context.Context, req resource.UpdateRequest, resp *resource.UpdateResponse) {
+	operate(ctx, r.data, updating, req.Plan, resp.Identity, retentionTimeout, &resp.Diagnostics, func(ctx context.Context, o *operation, m walRetentionModel) {
+		if r.write(ctx, o, &m, req.Config, resp.Private) {
+			o.diags.Append(resp.State.Set(ctx, &m)...)
+		}
+	})
 }
 
 // write puts the retention into the job's file, in one step.
-func (r *walRetentionResource) write(ctx context.Context, m walRetentionModel, action string, diags *diag.Diagnostics) bool {
-	g := r.data.guest(m.Host.ValueString(), m.connectionType(ctx, diags), diags)
+func (r *walRetentionResource) write(ctx context.Context, o *operation, m *walRetentionModel, from source, private privateStateWriter) bool {
+	var config walRetentionModel
+	o.diags.Append(from.Get(ctx, &config)...)
+	o.follow(m.Connection)
+	g := o.guest()
 	if g == nil {
 		return false
 	}
 	err := g.SetWALRetention(ctx, m.Job.ValueString(), m.toRetention())
 	switch {
 	case errors.Is(err, guest.ErrNoJob):
-		diags.AddAttributeError(path.Root("job"), fmt.Sprintf("Unable to %s %s %q", action, retentionNoun, m.name()),
+		o.diags.AddAttributeError(path.Root("job"), fmt.Sprintf("Unable to %s %s %q on %s", o.word, retentionNoun, m.Job.ValueString(), m.Host.ValueString()),
 			fmt.Sprintf("There is no job %q on %s. Refer to the job's resource, so that it is created first: job = pgark_postgresql_backup_job.NAME.name.", m.Job.ValueString(), m.Host.ValueString()))
+		return false
 	case err != nil:
-		diags.Append(unable(action, retentionNoun, m.name(), err))
+		o.failed(err)
+		return false
 	}
-	return err == nil
+	shown := o.reached(g)
+	if m.HostKey.IsUnknown() {
+		m.HostKey = shown
+	}
+	o.diags.Append(private.SetKey(ctx, followsKey, strconv.AppendBool(nil, config.Connection.IsNull()))...)
+	o.hasRead(ctx, private)
+	return true
 }
 
 func (r *walRetentionResource) Read(ctx context.Context, req resource.ReadRequest, resp *resource.ReadResponse) {
-	diags := &resp.Diagnostics
-	var m walRetentionModel
-	diags.Append(req.State.Get(ctx, &m)...)
-	setIdentity(ctx, resp.Identity, diags, m.Host, "job", m.Job)
-	timeout, d := m.Timeouts.Read(ctx, retentionTimeout)
-	diags.Append(d...)
-	if diags.HasError() {
-		return
-	}
-	ctx, cancel := context.WithTimeout(ctx, timeout)
-	defer cancel()
-	g := r.data.guest(m.Host.ValueString(), m.connectionType(ctx, diags), diags)
-	if g == nil {
-		return
-	}
-	state, err := g.State(ctx, m.Job.ValueString())
-	switch {
-	case errors.Is(err, guest.ErrNoJob),
-		// The retention stands in the job file: where that is missing or unreadable, the job's own resource repairs it, and
-		// this one is then created anew.
-		err == nil && state.Job == nil,
-		err == nil && state.Job.WALRetention == nil:
-		resp.State.RemoveResource(ctx)
-		return
-	case err != nil:
-		problem := unreachable(m.Host.ValueString(), retentionNoun+" of "+m.Job.ValueString(), err)
-		if r.data.onUnreachable == unreachableWarn {
-			problem = asWarning(problem)
+	operate(ctx, r.data, reading, req.State, resp.Identity, retentionTimeout, &resp.Diagnostics, func(ctx context.Context, o *operation, m walRetentionModel) {
+		follows, d := req.Private.GetKey(ctx, followsKey)
+		o.diags.Append(d...)
+		if heard, ok := r.data.heard(m.Host.ValueString()); ok && string(follows) == "true" {
+			m.Connection = heard.model()
+			if heard.key() != "" {
+				m.HostKey = types.StringValue(heard.key())
+			}
+			o.place = m.place()
 		}
-		diags.Append(problem)
-		return
-	}
-	m.fromRetention(state.Job.WALRetention)
-	diags.Append(resp.State.Set(ctx, &m)...)
-}
-
-func (r *walRetentionResource) Update(ctx context.Context, req resource.UpdateRequest, resp *resource.UpdateResponse) {
-	diags := &resp.Diagnostics
-	var m walRetentionModel
-	diags.Append(req.Plan.Get(ctx, &m)...)
-	setIdentity(ctx, resp.Identity, diags, m.Host, "job", m.Job)
-	timeout, d := m.Timeouts.Update(ctx, retentionTimeout)
-	diags.Append(d...)
-	if diags.HasError() {
-		return
-	}
-	ctx, cancel := context.WithTimeout(ctx, timeout)
-	defer cancel()
-	if r.write(ctx, m, "Update", diags) {
-		diags.Append(resp.State.Set(ctx, &m)...)
-	}
+		g, err := o.reach()
+		var state *guest.State
+		if err == nil {
+			state, err = g.State(ctx, m.Job.ValueString())
+		}
+		switch {
+		case errors.Is(err, guest.ErrNoJob),
+			// The retention stands in the job file: where that is missing or unreadable, the job's own resource repairs it, and
+			// this one is then created anew.
+			err == nil && state.Job == nil,
+			err == nil && state.Job.WALRetention == nil:
+			resp.State.RemoveResource(ctx)
+			return
+		case err != nil:
+			o.couldNotRead(ctx, err, m.EnforcedBy.IsNull(), resp.Private)
+			return
+		}
+		o.hasRead(ctx, resp.Private)
+		m.HostKey = o.reached(g)
+		m.fromRetention(state.Job.WALRetention)
+		o.diags.Append(resp.State.Set(ctx, &m)...)
+	})
 }
 
 // Delete returns the job to keeping all WAL that its images can be rolled forward with. A job that is gone keeps nothing on the guest anyway.
 func (r *walRetentionResource) Delete(ctx context.Context, req resource.DeleteRequest, resp *resource.DeleteResponse) {
-	diags := &resp.Diagnostics
-	var m walRetentionModel
-	diags.Append(req.State.Get(ctx, &m)...)
-	timeout, d := m.Timeouts.Delete(ctx, retentionTimeout)
-	diags.Append(d...)
-	if diags.HasError() {
-		return
-	}
-	ctx, cancel := context.WithTimeout(ctx, timeout)
-	defer cancel()
-	g := r.data.guest(m.Host.ValueString(), m.connectionType(ctx, diags), diags)
-	if g == nil {
-		return
-	}
-	if err := g.SetWALRetention(ctx, m.Job.ValueString(), nil); err != nil && !errors.Is(err, guest.ErrNoJob) {
-		diags.Append(unable("Delete", retentionNoun, m.name(), err))
-	}
+	operate(ctx, r.data, deleting, req.State, nil, retentionTimeout, &resp.Diagnostics, func(ctx context.Context, o *operation, m walRetentionModel) {
+		g := o.guest()
+		if g == nil {
+			return
+		}
+		if err := g.SetWALRetention(ctx, m.Job.ValueString(), nil); err != nil && !errors.Is(err, guest.ErrNoJob) {
+			o.failed(err)
+		}
+	})
 }
 
 // ImportState takes host/job, or the identity.
 func (r *walRetentionResource) ImportState(ctx context.Context, req resource.ImportStateRequest, resp *resource.ImportStateResponse) {
-	host, name, ok := importedPair(ctx, req, "job", &resp.Diagnostics)
-	if !ok {
-		return
-	}
-	setIdentity(ctx, resp.Identity, &resp.Diagnostics, types.StringValue(host), "job", types.StringValue(name))
-	resp.Diagnostics.Append(resp.State.SetAttribute(ctx, path.Root("host"), host)...)
-	resp.Diagnostics.Append(resp.State.SetAttribute(ctx, path.Root("job"), name)...)
-	connection := connectionSSH
-	if r.data.holdsLocally(ctx, host, name) {
-		connection = connectionLocal
-	}
-	resp.Diagnostics.Append(resp.State.SetAttribute(ctx, path.Root(connectionName),
-		encode(ctx, connectionTypes, connectionModel{Type: types.StringValue(connection)}, &resp.Diagnostics))...)
+	r.data.importPair(ctx, "job", req, resp)
 }

@@ -1,6 +1,8 @@
 package provider
 
 import (
+	"bytes"
+	"compress/gzip"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -60,6 +62,9 @@ type accWorld struct {
 	layout  job.Layout
 
 	changed []byte // appended to the runner: another version of it
+
+	mu     sync.Mutex        // guards packed
+	packed map[string][]byte // compressed runners by digest
 }
 
 const accBucket = "provider"
@@ -78,7 +83,7 @@ func newAccWorld(t *testing.T, o pgtest.Options) *accWorld {
 	if o.Settings == nil {
 		o.Settings = map[string]string{"archive_mode": "on"}
 	}
-	w := &accWorld{T: t, s3: s3test.Start(t), layout: job.Layout{Root: pgtest.Dir(t)}}
+	w := &accWorld{T: t, s3: s3test.Start(t), layout: job.Layout{Root: pgtest.Dir(t)}, packed: map[string][]byte{}}
 	w.s3.CreateBucket(accBucket)
 	w.cluster = pgtest.Start(t, o)
 	t.Setenv(job.RootVariable, w.layout.Root)
@@ -102,20 +107,44 @@ func newAccWorld(t *testing.T, o pgtest.Options) *accWorld {
 
 // factories start this provider in the test's process.
 func (w *accWorld) factories() map[string]func() (tfprotov6.ProviderServer, error) {
-	runner := func(string) ([]byte, string, error) {
+	binary := func(string) ([]byte, error) {
 		b, err := testRunner()
+		return append(append([]byte{}, b...), w.changed...), err
+	}
+	runner := func(arch string) ([]byte, string, error) {
+		b, err := binary(arch)
 		if err != nil {
 			return nil, "", err
 		}
-		b = append(append([]byte{}, b...), w.changed...)
 		sum := sha256.Sum256(b)
-		return b, hex.EncodeToString(sum[:]), nil
+		digest := hex.EncodeToString(sum[:])
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if w.packed[digest] == nil {
+			if w.packed[digest], err = compress(b); err != nil {
+				return nil, "", err
+			}
+		}
+		return w.packed[digest], digest, nil
 	}
 	return map[string]func() (tfprotov6.ProviderServer, error){
 		"pgark": func() (tfprotov6.ProviderServer, error) {
-			return serve(&pgarkProvider{version: "test", world: world{layout: job.FindLayout, runner: runner}})(), nil
+			return serve(&pgarkProvider{version: "test", world: world{layout: job.FindLayout, runner: runner, binary: binary}})(), nil
 		},
 	}
+}
+
+func compress(b []byte) ([]byte, error) {
+	var packed bytes.Buffer
+	z, err := gzip.NewWriterLevel(&packed, gzip.BestSpeed)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := z.Write(b); err != nil {
+		return nil, err
+	}
+	err = z.Close()
+	return packed.Bytes(), err
 }
 
 // test runs the steps. In the end everything is destroyed.
