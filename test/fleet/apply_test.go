@@ -229,7 +229,9 @@ func TestLifeCycle(t *testing.T) {
 	unknown := filepath.Join(w.dir, "known_hosts")
 
 	// Trust on first use: what was seen when the job was created is pinned, for every machine that has the state.
-	w.configureWithKnownHosts(unknown, `host_key_policy = "accept-new"`, declaration)
+	w.configureWithKnownHosts(unknown, `
+    host_key_policy = "accept-new"
+    timeout         = "10s"`, declaration)
 	w.apply()
 	if !strings.Contains(w.stateFile(), strings.TrimSpace(g.HostKey())) {
 		t.Error("the state does not hold the host key")
