@@ -122,10 +122,8 @@ func (e *examination) admit(cl cluster) string {
 		line += " map=pgark"
 		commands = append(commands, "echo "+quoteLine("pgark "+hbaWord(cl.Owner)+" "+hbaWord(role))+" | "+sudo()+"tee -a "+word(cl.identFile))
 	}
+	// There is a first line: a server does not take a file without rules.
 	first := sudo() + "sed -i --follow-symlinks " + quoteLine("1i "+line) + " " + word(cl.hbaFile)
-	if info, err := os.Stat(cl.hbaFile); err == nil && info.Size() == 0 {
-		first = "echo " + quoteLine(line) + " | " + sudo() + "tee -a " + word(cl.hbaFile) // sed sees no line to insert before
-	}
 	commands = append([]string{first}, commands...)
 	commands = append(commands, reload(cl))
 	remedy := strings.Join(commands, " && ")
