@@ -91,7 +91,7 @@ resource "pgark_postgresql_backup_job" "each" {
 
 	// One is cut off, and all are to change. Everybody is told at once; nothing is concluded about the one.
 	lost.Cut()
-	before := w.scheduled()
+	_, before := w.jobs()
 	w.configure("timeout = \"5s\"\n    wait_for_host = \"0s\"", each("30 4 * * *"))
 	who := "root@" + lost.Address + ":22"
 	w.says(w.planFails(), who, "on_unreachable", "-refresh=false", "firewall")
@@ -103,18 +103,22 @@ resource "pgark_postgresql_backup_job" "each" {
 	w.configure("timeout = \"5s\"\n    wait_for_host = \"0s\"", each("30 4 * * *"))
 	out = w.applyFails()
 	took.lap(t, "apply with one cut off, and one that is not there")
-	w.says(out, who, "firewall", "root@"+hosts["db10"]+":22")
-	after := w.scheduled()
+	_, errors, _ := strings.Cut(out, "Error: ") // behind the warnings
+	w.says(errors, who, "firewall", "root@"+hosts["db10"]+":22")
+	schedules, after := w.jobs()
+	if after[last] != before[last] {
+		t.Errorf("the state of the one that was cut off was\n%s\nand is\n%s", before[last], after[last])
+	}
 	for name := range hosts {
 		expected := "30 4 * * *"
 		switch name {
 		case last:
-			expected = before[last]
+			expected = "0 3 * * *"
 		case "db10":
 			expected = "" // nothing was done, and nothing is known
 		}
-		if after[name] != expected {
-			t.Errorf("%s: the state has the schedule %q, expected %q", name, after[name], expected)
+		if schedules[name] != expected {
+			t.Errorf("%s: the state has the schedule %q, expected %q", name, schedules[name], expected)
 		}
 	}
 	for n, g := range machines[:9] {
@@ -127,46 +131,50 @@ resource "pgark_postgresql_backup_job" "each" {
 	delete(hosts, "db10")
 	w.provider = ""
 	w.configure("", each("30 4 * * *"))
-	w.says(w.apply(), "1 changed")
+	w.says(w.apply(), "0 added, 1 changed, 0 destroyed")
 	w.nothingToDo()
 	took.lap(t, "apply and plan with all of them again")
 	w.destroy()
 	took.lap(t, "destroy of ten")
 }
 
-// scheduled reads the schedule of every job in the state, by the job's name.
-func (w *world) scheduled() map[string]string {
+// jobs reads the jobs in the state, by name: their schedules, and all that is known of them.
+func (w *world) jobs() (schedules, all map[string]string) {
 	w.Helper()
 	var s struct {
 		Resources []struct {
 			Type      string `json:"type"`
 			Instances []struct {
-				Status     string `json:"status"`
-				Attributes struct {
-					Name  string `json:"name"`
-					Image struct {
-						Schedule string `json:"schedule"`
-					} `json:"image"`
-				} `json:"attributes"`
+				Status     string          `json:"status"`
+				Attributes json.RawMessage `json:"attributes"`
 			} `json:"instances"`
 		} `json:"resources"`
 	}
 	if err := json.Unmarshal([]byte(w.stateFile()), &s); err != nil {
 		w.Fatal(err)
 	}
-	all := map[string]string{}
+	schedules, all = map[string]string{}, map[string]string{}
 	for _, r := range s.Resources {
 		if r.Type != "pgark_postgresql_backup_job" {
 			continue
 		}
 		for _, i := range r.Instances {
-			if i.Status != "" {
-				w.Errorf("%s is %s in the state", i.Attributes.Name, i.Status)
+			var job struct {
+				Name  string `json:"name"`
+				Image struct {
+					Schedule string `json:"schedule"`
+				} `json:"image"`
 			}
-			all[i.Attributes.Name] = i.Attributes.Image.Schedule
+			if err := json.Unmarshal(i.Attributes, &job); err != nil {
+				w.Fatal(err)
+			}
+			if i.Status != "" {
+				w.Errorf("%s is %s in the state", job.Name, i.Status)
+			}
+			schedules[job.Name], all[job.Name] = job.Image.Schedule, string(i.Attributes)
 		}
 	}
-	return all
+	return schedules, all
 }
 
 // unused is an address of the network that no machine has.
