@@ -55,7 +55,8 @@ const sudoPlain = `asroot() { sudo -n "$@"; }
 //
 // The password is checked on its own first (sudo -v), once per link: sudo asks again after a wrong one, and would take the
 // program's input for the second and third. Behind sudo -S the password and the input come through one pipe. cat at its
-// beginning would wait for more input after the program has ended, hence "end".
+// beginning would wait for more input after the program has ended, hence "end"; not if the input is a file or /dev/null, which
+// end by themselves: then that of the command is for the next program.
 const sudoWithPassword = `asroot() {
   { asroot_said=$(sudo -n "$@" 2>&1 >&3 3>&-); } 3>&1
   set -- "$?" "$@"
@@ -71,7 +72,9 @@ const sudoWithPassword = `asroot() {
     asroot_verified=yes
     echo "MARK verified" >&2
   fi
-  { printf '%s\n' "$asroot_password"; exec cat; } | { sudo -k -S -p '' "$@"; asroot_=$?; echo "MARK end" >&2; exit "$asroot_"; }
+  asroot_end=yes
+  if [ -f /dev/stdin ] || [ -c /dev/stdin ]; then asroot_end=; fi
+  { printf '%s\n' "$asroot_password"; exec cat; } | { sudo -k -S -p '' "$@"; asroot_=$?; [ -z "$asroot_end" ] || echo "MARK end" >&2; exit "$asroot_"; }
 }
 `
 
