@@ -46,6 +46,9 @@ func (e *examination) instance(cl cluster) {
 	add(version)
 	running := e.running(cl, err)
 	add(running)
+	if running.Status == Fail {
+		err = nil // says nothing of privileges
+	}
 	privileges := e.privileges(cl, s, err)
 	switch {
 	case version.Status == Fail:
@@ -214,7 +217,7 @@ func (e *examination) archiveCommand(cl cluster, s *inspected) Check {
 	case e.deployed:
 		c.Expected = "pgark's of this job, as it was deployed"
 	}
-	wanted, err := e.g.plannedCommand(e.job.Name, cl.Name, e.policy.ExistingArchiveCommand, command)
+	wanted, err := e.g.plannedCommand(e.job.Name, cl.Instance.Instance, e.policy.ExistingArchiveCommand, command)
 	own := e.ownOf(command, cl)
 	set := change(cl, archiveCommand, ours)
 	switch {
@@ -252,11 +255,15 @@ func (e *examination) archiveCommand(cl cluster, s *inspected) Check {
 // foreignCommand judges an archive_command of somebody else by what is to happen to it.
 func (e *examination) foreignCommand(c *Check, cl cluster, chainErr error) {
 	off := change(cl, archiveCommand, "")
-	switch e.policy.ExistingArchiveCommand {
-	case commandReplace:
+	switch policy := e.policy.ExistingArchiveCommand; {
+	case policy != commandChain && e.g.configured(e.job.Name, cl.Instance.Instance):
+		// What is to happen to an existing command is said of one that was there before us.
+		c.Status = Warn
+		c.Found += ", after pgark's: that will be put in its place again"
+	case policy == commandReplace:
 		c.Status = Warn
 		c.Found += ": it will be replaced, and put back when the job is destroyed; what it archives to gets no more WAL"
-	case commandChain:
+	case policy == commandChain:
 		if chainErr == nil {
 			c.Status = Warn
 			c.Found += ": it will be chained: pgark's comes first, both have to succeed, and it is put back when the job is destroyed"
@@ -318,10 +325,14 @@ func programName(command string) string {
 
 func (e *examination) archiveLibrary(cl cluster, s *inspected) Check {
 	c := Check{Name: "archive_library", Status: Pass, Found: "empty", Expected: "empty: PostgreSQL uses it in the place of archive_command"}
-	if library := s.Setting("archive_library"); library != "" {
-		c.Status, c.Found, c.Remedy = Fail, strconv.Quote(library), change(cl, "archive_library", "")
-		if s.Settings["archive_library"].Overrides() {
-			c.Found, c.Remedy = c.Found+", given on the server's command line", offCommandLine(cl, "archive_library")
+	if library := s.Setting(archiveLibrary); library != "" {
+		c.Status, c.Found, c.Remedy = Fail, strconv.Quote(library), change(cl, archiveLibrary, "")
+		switch {
+		case s.Settings[archiveLibrary].Overrides():
+			c.Found, c.Remedy = c.Found+", given on the server's command line", offCommandLine(cl, archiveLibrary)
+		case !e.deployed && e.takesLibraryBack(cl):
+			c.Status = Warn
+			c.Found += ", set after pgark's archive_command: it will be taken back"
 		}
 	}
 	return c

@@ -444,3 +444,93 @@ func TestDiscover_majors(t *testing.T) {
 		t.Errorf("not found: %v in %+v", clusters, all)
 	}
 }
+
+// Of a job that is deployed, what Apply would mend is named, too: with what mends it now.
+func TestCheck_deployed(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.policy.ExistingArchiveCommand = "chain"
+	c := cluster(t, pgtest.Options{Settings: map[string]string{"archive_command": "test -f %p && echo hush >/dev/null"}})
+	s := w.apply(w.job(c))
+	deployed := func() checks {
+		t.Helper()
+		k, err := w.guest.Check(w.ctx, guest.CheckRequest{
+			Job: s.Job, Settings: guest.SettingsPolicy{Manage: true, Restart: "never", ExistingArchiveCommand: "fail"}, Deployed: true,
+		})
+		must(t, err)
+		return k
+	}
+	k := deployed()
+	if found := k.failing(); len(found) > 0 {
+		t.Fatalf("failing: %q in %+v", found, k)
+	}
+	if found := k.find(t, "archive_command").Found; found != "pgark's, and behind it the one that was there before" {
+		t.Errorf("found %q", found)
+	}
+	if found := k.find(t, "runner"); found.Status != guest.Pass || found.Instance != name(c) || found.Found != "running" {
+		t.Errorf("found %+v", found)
+	}
+	for _, command := range []string{"", "/bin/true", w.layout.ArchiveCommand(jobName, "elsewhere")} {
+		sql(c, "alter system set archive_command = '"+command+"'", "select pg_reload_conf()")
+		w.eventually(func() bool { return slices.Equal(deployed().failing(), []string{"archive_command"}) })
+		if found := deployed().find(t, "archive_command"); !strings.Contains(found.Remedy, "terraform apply") || strings.Contains(found.Remedy+found.Found, "hush") {
+			t.Errorf("%q: found %+v", command, found)
+		}
+	}
+	// Without a chain, it can be pasted.
+	w.policy.ExistingArchiveCommand = "replace"
+	s = w.apply(w.job(c))
+	sql(c, "alter system set archive_command = ''", "select pg_reload_conf()")
+	w.eventually(func() bool { return slices.Equal(deployed().failing(), []string{"archive_command"}) })
+	follow(t, deployed().find(t, "archive_command"))
+	w.eventually(func() bool { return len(deployed().failing()) == 0 })
+
+	socket := w.layout.Socket(jobName, name(c))
+	must(t, os.Rename(socket, socket+".away"))
+	if found := deployed().find(t, "runner"); found.Status == guest.Pass || found.Remedy == "" {
+		t.Errorf("found %+v", found)
+	}
+	must(t, os.Rename(socket+".away", socket))
+}
+
+// A repository in a directory says of itself what is wrong with it.
+func TestCheck_directory(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	c := cluster(t, pgtest.Options{})
+	dir := strings.TrimPrefix(w.location.URL, "file://")
+	if os.Geteuid() == 0 {
+		must(t, os.Chown(dir, 1, 1))
+		must(t, os.Chmod(dir, 0o755))
+		w.expectFailing(w.job(c), "repository_reachable")
+		w.mend(w.job(c), "repository_reachable")
+	}
+	must(t, os.Rename(dir, dir+".away"))
+	k := w.expectFailing(w.job(c), "repository_reachable").find(t, "repository_reachable")
+	follow(t, k)
+	if k := w.check(w.job(c)).find(t, "repository_reachable"); !strings.Contains(k.Found, "no repository in ") {
+		t.Errorf("found %+v", k)
+	}
+	must(t, os.Remove(dir))
+	must(t, os.Rename(dir+".away", dir))
+
+	// The name of a job that another machine owns, which this one replaces.
+	w.apply(w.job(c))
+	must(t, w.guest.Remove(w.ctx, jobName))
+	must(t, os.MkdirAll(w.layout.ConfigDirectory(), 0o755))
+	before := w.machineID()
+	must(t, os.WriteFile(w.layout.MachineIDFile(), []byte("another\n"), 0o644))
+	k = w.expectFailing(w.job(c), "repository_reachable").find(t, "repository_reachable")
+	if !strings.Contains(k.Remedy, before) {
+		t.Errorf("found %+v", k)
+	}
+	w.mend(w.job(c), "repository_reachable")
+	must(t, os.RemoveAll(w.layout.ConfigDirectory()))
+}
+
+func (w *world) machineID() string {
+	w.t.Helper()
+	m, err := w.guest.Machine(w.ctx)
+	must(w.t, err)
+	return m.ID
+}
