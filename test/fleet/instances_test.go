@@ -29,6 +29,16 @@ type facts struct {
 	WALLevel         *string `json:"wal_level"`
 	SizeBytes        int64   `json:"size_bytes"`
 	WALSegmentBytes  int64   `json:"wal_segment_bytes"`
+	ArchiveCommand   *string `json:"archive_command"`
+
+	Databases   []string `json:"databases"`
+	Extensions  []string `json:"extensions"`
+	Tablespaces []struct {
+		Name     string `json:"name"`
+		Location string `json:"location"`
+	} `json:"tablespaces"`
+	Service *string `json:"service"`
+	Problem *string `json:"problem"`
 }
 
 // instancesNow reads the output "instances", by name of the instance.
@@ -75,6 +85,7 @@ func TestInstances(t *testing.T) {
 	g.SmallDisk("/mnt/fast", 256)
 	g.Run("install -d -o postgres -g postgres -m 700 /mnt/fast/billing")
 	g.SQL(billing.sockets, billing.port, "create tablespace fast location '/mnt/fast/billing'")
+	g.SQL(billing.sockets, billing.port, "create database invoices")
 	// The one that is left out archives on its own.
 	const others = "test -d /srv && cp %p /srv/elsewhere/%f"
 	scratch := restored{instance: "18-scratch", major: 18, directory: "/srv/scratch/pg", sockets: "/var/lib/scratch", port: 50432, segment: 1}
@@ -138,6 +149,23 @@ output "instances" {
 		if f.SizeBytes < 10<<20 {
 			t.Errorf("%s is said to have %d bytes", i.instance, f.SizeBytes)
 		}
+		databases, spaces := "[postgres]", "[]"
+		if i.instance == billing.instance {
+			databases, spaces = "[invoices postgres]", "[{fast /mnt/fast/billing}]"
+		}
+		if fmt.Sprint(f.Databases) != databases || fmt.Sprint(f.Tablespaces) != spaces || fmt.Sprint(f.Extensions) != "[plpgsql]" || f.Problem != nil {
+			t.Errorf("%s is said to hold the databases %v, tablespaces %v and extensions %v, with the problem %q",
+				i.instance, f.Databases, f.Tablespaces, f.Extensions, text(f.Problem))
+		}
+	}
+	for instance, service := range map[string]string{orders.instance: "null", billing.instance: "billing-database.service", scratch.instance: "scratch.service"} {
+		if found := text(found[instance].Service); found != service {
+			t.Errorf("%s is said to be run by %q, expected %q", instance, found, service)
+		}
+	}
+	// Of another's command only the program is told: arguments may hold secrets.
+	if command := text(found[scratch.instance].ArchiveCommand); command != "test …" {
+		t.Errorf("the archive_command of %s is said to be %q", scratch.instance, command)
 	}
 
 	// What is known of a server that does not run comes from its files.
