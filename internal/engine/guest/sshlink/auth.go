@@ -133,7 +133,7 @@ func (c Config) credentials() (credentials, error) {
 		out.notes = append(out.notes, "no agent is there ("+agentVariable+" is not set)")
 	case !out.agent && socket == "" && len(content) == 0:
 		out.notes = append(out.notes, "no agent is there ("+agentVariable+" is not set)")
-	case !out.agent:
+	case !out.agent && socket != "":
 		out.notes = append(out.notes, "the agent was not asked")
 	}
 	if cert != nil && !out.agent {

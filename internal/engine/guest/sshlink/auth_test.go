@@ -116,7 +116,7 @@ func TestLogin_certificate(t *testing.T) {
 	s := w.server(serverOptions{config: "TrustedUserCAKeys " + w.write("ca.pub", line(authority.public())+"\n", 0o644) + "\nAuthorizedKeysFile none"})
 	c := s.config()
 	c.PrivateKey = mine.private
-	as[*sshlink.AuthError](t, w.link(c).Connect(w.ctx))
+	_ = as[*sshlink.AuthError](t, w.link(c).Connect(w.ctx))
 	c.Certificate = line(certify(t, authority, mine.public(), ssh.UserCert, []string{"deploy"}, time.Now().Add(time.Hour)))
 	must(t, w.link(c).Connect(w.ctx))
 
@@ -152,7 +152,7 @@ func TestLogin_agent(t *testing.T) {
 	must(t, w.link(c).Connect(w.ctx)) // SSH_AUTH_SOCK is set and no key is given
 	c.PrivateKey = newKey(t, "ed25519").private
 	err = w.link(c).Connect(w.ctx) // a key is given
-	as[*sshlink.AuthError](t, err)
+	_ = as[*sshlink.AuthError](t, err)
 	contains(t, err, "the agent was not asked")
 	c.Agent = &yes
 	must(t, w.link(c).Connect(w.ctx))
@@ -191,7 +191,7 @@ func TestLogin_refused(t *testing.T) {
 	before := strings.Count(s.log.String(), "Connection from")
 	c.WaitForHost, c.PrivateKey = time.Minute, wrong.private
 	began := time.Now()
-	as[*sshlink.AuthError](t, w.link(c).Connect(w.ctx))
+	_ = as[*sshlink.AuthError](t, w.link(c).Connect(w.ctx))
 	if tries := strings.Count(s.log.String(), "Connection from") - before; tries != 1 || time.Since(began) > 20*time.Second {
 		t.Errorf("found %d tries in %s, expected one", tries, time.Since(began))
 	}
@@ -214,7 +214,7 @@ func TestLogin_password(t *testing.T) {
 			must(t, w.link(c).Connect(w.ctx))
 			c.Password = "wrong"
 			err := w.link(c).Connect(w.ctx)
-			as[*sshlink.AuthError](t, err)
+			_ = as[*sshlink.AuthError](t, err)
 			contains(t, err, "tried ", "hint: is the password that of deploy")
 			if strings.Contains(withHint(err), "wrong") {
 				t.Errorf("the password is in %v", err)
@@ -240,6 +240,6 @@ func TestLogin_tooManyKeys(t *testing.T) {
 	c := s.config()
 	c.PrivateKey = ""
 	err := w.link(c).Connect(w.ctx)
-	as[*sshlink.AuthError](t, err)
+	_ = as[*sshlink.AuthError](t, err)
 	contains(t, err, "Too many authentication failures", "hint: the server gives up after some keys")
 }

@@ -47,14 +47,10 @@ type Command struct {
 
 // Quote quotes a word for a POSIX shell.
 func Quote(word string) string {
-	plain := word != ""
-	for _, r := range word {
-		if !('a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || strings.ContainsRune("@%_-+:,./", r)) {
-			plain = false
-			break
-		}
+	special := func(r rune) bool {
+		return (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') && (r < '0' || r > '9') && !strings.ContainsRune("@%_-+:,./", r)
 	}
-	if plain {
+	if word != "" && !strings.ContainsFunc(word, special) {
 		return word
 	}
 	return "'" + strings.ReplaceAll(word, "'", `'\''`) + "'"
@@ -90,6 +86,7 @@ type Process struct {
 	session    *ssh.Session
 	stderr     *stderr
 	terminated sync.Once
+	asked      atomic.Bool   // the server was asked to run it
 	stopped    atomic.Bool   // ended on purpose
 	end        chan struct{} // closed when it has ended
 	err        error         // valid once end is closed
@@ -211,34 +208,61 @@ func (l *Link) start(ctx context.Context, c Command, sessions chan struct{}) (_ 
 		if errors.As(err, &refused) {
 			return nil, fmt.Errorf("%s: open a session for %s: %w (sshd_config's MaxSessions has to be %d or more)", l, c, err, maxSessions+1)
 		}
-		if !broke(err) { // its text has the whole script
-			return nil, fmt.Errorf("%s: the server runs no commands for this account", l)
+		// Of a connection that broke just now there are many errors, and one of a server that refuses to run anything.
+		if p.asked.Load() && !broke(err) {
+			select {
+			case <-p.connection.over:
+			case <-time.After(time.Second):
+				return nil, fmt.Errorf("%s: the server runs no commands for this account", l) // err has the whole script
+			}
 		}
-		if try == 2 {
+		if try == 2 || p.asked.Load() { // what may have run is not run again
 			return nil, l.lost(fmt.Errorf("start %s: %w", c, err))
 		}
-		_ = p.connection.client.Close() // it died unnoticed; nothing has run yet, so another one may be tried
+		_ = p.connection.client.Close()
 		<-p.connection.over
 	}
 	p.watch(ctx, sessions)
 	return p, nil
 }
 
+// opened is a session in which the script was started, or why not.
+type opened struct {
+	session *ssh.Session
+	stdin   io.WriteCloser
+	stdout  io.Reader
+	err     error
+}
+
 // open opens a session and starts the script there.
 func (p *Process) open(ctx context.Context, script string, password []byte) error {
 	// Neither opening nor starting knows a context.
-	opened := make(chan error, 1)
-	go func() { opened <- p.openSession(script, password) }()
+	result := make(chan opened, 1)
+	client := p.connection.client
+	go func() { result <- p.openSession(client, script, password) }()
+	take := func(o opened) error {
+		p.session, p.Stdin, p.Stdout = o.session, o.stdin, o.stdout
+		return o.err
+	}
 	select {
-	case err := <-opened:
-		return err
+	case o := <-result:
+		return take(o)
+	case <-p.connection.over:
+		// A channel that is opened while the connection breaks can be waited for in vain: package ssh does not answer for
+		// one that it learns of after it has closed the others.
+		select {
+		case o := <-result:
+			return take(o)
+		case <-time.After(100 * time.Millisecond):
+			return io.ErrUnexpectedEOF
+		}
 	case <-ctx.Done():
 	}
 	// The command may be running already, and is ended then. If the server does not answer, that is left behind.
 	left := make(chan struct{})
 	go func() {
 		defer close(left)
-		if <-opened == nil {
+		if take(<-result) == nil {
 			p.watch(ctx, nil)
 			p.terminate()
 		}
@@ -250,27 +274,28 @@ func (p *Process) open(ctx context.Context, script string, password []byte) erro
 	return context.Cause(ctx)
 }
 
-func (p *Process) openSession(script string, password []byte) (err error) {
-	if p.session, err = p.connection.client.NewSession(); err != nil {
-		return err
+func (p *Process) openSession(client *ssh.Client, script string, password []byte) (o opened) {
+	if o.session, o.err = client.NewSession(); o.err != nil {
+		return o
 	}
 	defer func() {
-		if err != nil {
-			_ = p.session.Close()
+		if o.err != nil {
+			_ = o.session.Close()
 		}
 	}()
-	if p.Stdin, err = p.session.StdinPipe(); err != nil {
-		return err
+	if o.stdin, o.err = o.session.StdinPipe(); o.err != nil {
+		return o
 	}
-	if p.Stdout, err = p.session.StdoutPipe(); err != nil {
-		return err
+	if o.stdout, o.err = o.session.StdoutPipe(); o.err != nil {
+		return o
 	}
-	p.session.Stderr = p.stderr
-	if err = p.session.Start("exec /bin/sh -c " + Quote(script)); err != nil {
-		return err
+	o.session.Stderr = p.stderr
+	p.asked.Store(true)
+	if o.err = o.session.Start("exec /bin/sh -c " + Quote(script)); o.err != nil {
+		return o
 	}
-	_, err = p.Stdin.Write(password)
-	return err
+	_, o.err = o.stdin.Write(password)
+	return o
 }
 
 // watch follows the process to its end, gives its session back then, and ends it with ctx.

@@ -94,6 +94,8 @@ func newHop(c Config, bastionFor string) (*hop, error) {
 	return h, nil
 }
 
+var errBastionLost = fmt.Errorf("the bastion's connection broke: %w", io.EOF)
+
 // connection is one that stands, or stood.
 type connection struct {
 	client *ssh.Client
@@ -135,10 +137,10 @@ func (h *hop) dial(ctx context.Context, via *connection) (*connection, error) {
 	defer cancel()
 	unreachable := func(err error) error {
 		if ctx.Err() != nil {
-			if cause := context.Cause(ctx); !errors.Is(cause, errNoAnswer) {
-				return cause
+			err = context.Cause(ctx)
+			if !errors.Is(err, errNoAnswer) && !errors.Is(err, errBastionLost) {
+				return err
 			}
-			err = tooLong
 		}
 		return &UnreachableError{Err: plainTimeout(err)}
 	}
@@ -146,6 +148,17 @@ func (h *hop) dial(ctx context.Context, via *connection) (*connection, error) {
 	var conn net.Conn
 	var err error
 	if via != nil {
+		// Package ssh may wait in vain for a channel that it opens while the connection breaks.
+		alone, lost := context.WithCancelCause(ctx)
+		defer lost(nil)
+		ctx = alone
+		go func() {
+			select {
+			case <-via.over:
+				lost(errBastionLost)
+			case <-alone.Done():
+			}
+		}()
 		conn, err = via.client.DialContext(ctx, "tcp", at)
 	} else {
 		conn, err = new(net.Dialer).DialContext(ctx, "tcp", at)
@@ -284,7 +297,7 @@ func (l *Link) reach(ctx context.Context) (*connection, error) {
 		case unreachable.retriable() && time.Since(start)+pause <= l.waitForHost:
 			pause = min(pause*3/2, lastPause)
 		case unreachable.hungUp() && try < hangUpTries && !errors.Is(err, errBooting):
-			wait = time.Duration(try) * (100 + rand.N[time.Duration](200)) * time.Millisecond // apart, as those that were dropped came together
+			wait = rand.N(time.Duration(try)*200*time.Millisecond) + 100*time.Millisecond // apart, as those that were dropped came together
 		default:
 			return nil, err
 		}

@@ -126,10 +126,11 @@ type AuthError struct {
 }
 
 func (e *AuthError) Error() string {
-	s := address(e.User, e.Host, e.Port) + " refuses the login"
+	s := address(e.User, e.Host, e.Port)
 	if e.For != "" {
 		s = "bastion " + s + " (on the way to " + e.For + ")"
 	}
+	s += " refuses the login"
 	if len(e.Tried) == 0 {
 		s += ": nothing was there to log in with"
 	} else {

@@ -255,7 +255,7 @@ func TestHostKey_certificate(t *testing.T) {
 	}
 	// The authority's own key is not the host's.
 	c.KnownHostsFile, c.HostKey = filepath.Join(w.dir, "none"), line(authority.public())
-	as[*sshlink.HostKeyError](t, w.link(c).Connect(w.ctx))
+	_ = as[*sshlink.HostKeyError](t, w.link(c).Connect(w.ctx))
 	// Another authority.
 	pinned.HostKey = "@cert-authority " + line(newKey(t, "ed25519").public())
 	contains(t, w.link(pinned).Connect(w.ctx), "expected a key signed by ssh-ed25519 SHA256:")

@@ -192,7 +192,7 @@ func TestSudo_unusable(t *testing.T) {
 			if err != nil || len(out) > 0 {
 				t.Errorf("found %q (%v)", out, err)
 			}
-			as[*sshlink.SudoError](t, p.Wait())
+			_ = as[*sshlink.SudoError](t, p.Wait())
 			p.Stop(time.Second)
 		})
 	}
