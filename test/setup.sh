@@ -47,6 +47,24 @@ need_command() { # command package
   command -v "$1" >/dev/null || apt_install "$2"
 }
 
+# The tests start SSH servers of their own; the system's is not to run because of them.
+need_sshd() {
+  [ -x /usr/sbin/sshd ] && return
+  local policy=/usr/sbin/policy-rc.d made=
+  if [ ! -e "$policy" ]; then
+    made=yes
+    trap 'as_root rm -f '"$policy" EXIT
+    printf '#!/bin/sh\nexit 101\n' | as_root tee "$policy" >/dev/null
+    as_root chmod 755 "$policy"
+  fi
+  apt_install openssh-server
+  if [ -d /run/systemd/system ]; then as_root systemctl --quiet disable ssh.service; fi
+  if [ -n "$made" ]; then
+    as_root rm -f "$policy"
+    trap - EXIT
+  fi
+}
+
 # Go tools are pinned in tools/go.mod, out of the provider's own module graph.
 need_go_tool() { # name package
   local stamp="$tools/bin/.$1.$(sha256sum tools/go.mod | cut -c1-16)"
@@ -93,7 +111,9 @@ test)
   need_s3
   need_cli
   bash test/pgtest/install.sh "$tools/pg"
-  [ -x /usr/sbin/sshd ] || apt_install openssh-server
+  need_sshd
+  need_command sudo sudo
+  need_command unshare util-linux
   need_guests
   ;;
 guests)
