@@ -154,5 +154,5 @@ func makeSocket(cl cluster) string {
 	if info, err := os.Stat("/var/run/postgresql"); err == nil && info.IsDir() {
 		dir = "/var/run/postgresql"
 	}
-	return "echo " + quoteLine("unix_socket_directories = '"+dir+"'") + " | " + sudo() + "tee -a " + word(cl.configFile) + " && " + restartRemedy(cl)
+	return "echo " + quoteLine("unix_socket_directories = '"+dir+"'") + " | " + sudo() + "tee -a " + word(cl.configFile) + " && " + restartCommand(cl)
 }

@@ -171,15 +171,15 @@ func TestBecomeRoot(t *testing.T) {
 func TestStartRemedy(t *testing.T) {
 	c := cluster{}
 	c.DataDirectory, c.Owner, c.Version = "/srv/data", strconv.Itoa(os.Geteuid()), 99
-	if found := startRemedy(c); found != "pg_ctl start -w -D /srv/data -l /srv/data/startup.log" {
+	if found := startCommand(c); found != "pg_ctl start -w -D /srv/data -l /srv/data/startup.log" {
 		t.Errorf("found %s", found)
 	}
 	c.commandLine.Settings = map[string]string{"port": "6000"}
-	if found := startRemedy(c); !strings.HasPrefix(found, "pg_ctl restart -w -D /srv/data ") {
+	if found := startCommand(c); !strings.HasPrefix(found, "pg_ctl restart -w -D /srv/data ") {
 		t.Errorf("found %s: the port would be lost", found)
 	}
 	c.debian = "99/main"
-	if found := startRemedy(c); !strings.HasSuffix(found, "pg_ctlcluster 99 main start") {
+	if found := startCommand(c); !strings.HasSuffix(found, "pg_ctlcluster 99 main start") {
 		t.Errorf("found %s", found)
 	}
 }

@@ -47,8 +47,8 @@ func findManagers() []clusterManager {
 				m.owner = ownerOf(info)
 			}
 			m.directory = managedDirectory(proc, name, args[i+1:])
-			if real, err := filepath.EvalSymlinks(m.directory); err == nil {
-				m.directory = real
+			if resolved, err := filepath.EvalSymlinks(m.directory); err == nil {
+				m.directory = resolved
 			}
 			out = append(out, m)
 			break

@@ -91,8 +91,8 @@ func pgCtl(c cluster) string {
 	return "pg_ctl"
 }
 
-// restartRemedy restarts a cluster's server the way it was started.
-func restartRemedy(c cluster) string {
+// restartCommand restarts a cluster's server the way it was started.
+func restartCommand(c cluster) string {
 	major, name, debian := strings.Cut(c.debian, "/")
 	switch service := serviceOf(c.pid); {
 	case service != "":
@@ -100,20 +100,28 @@ func restartRemedy(c cluster) string {
 	case debian:
 		return sudo() + "pg_ctlcluster " + major + " " + name + " restart"
 	}
-	// The server goes on writing where it did: pg_ctl would start it with the terminal as its standard error.
-	log := os.DevNull
-	if file, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/2", c.pid)); err == nil && filepath.IsAbs(file) && isFile(file) {
-		if owner, err := lookupAccount(c.Owner); err == nil {
-			if info, err := os.Stat(file); err == nil && owner.may(info, mayWrite) {
-				log = file
-			}
-		}
-	}
-	return asOwner(c.Owner, fmt.Sprintf("%s restart -w -D %s -l %s", pgCtl(c), word(c.DataDirectory), word(log)))
+	return asOwner(c.Owner, fmt.Sprintf("%s restart -w -D %s -l %s", pgCtl(c), word(c.DataDirectory), word(serverLog(c))))
 }
 
-// startRemedy starts a stopped cluster.
-func startRemedy(c cluster) string {
+// serverLog is where a server that pg_ctl starts anew goes on writing to: where it did, unless that was a terminal, or
+// nothing that its owner may open. Without a name, pg_ctl would let it write where we do.
+func serverLog(c cluster) string {
+	file, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/2", c.pid))
+	if err != nil || !filepath.IsAbs(file) || !isFile(file) {
+		return os.DevNull
+	}
+	owner, err := lookupAccount(c.Owner)
+	if err != nil {
+		return os.DevNull
+	}
+	if info, err := os.Stat(file); err != nil || !owner.may(info, mayWrite) {
+		return os.DevNull
+	}
+	return file
+}
+
+// startCommand starts a stopped cluster.
+func startCommand(c cluster) string {
 	major, name, debian := strings.Cut(c.debian, "/")
 	switch {
 	case c.Service != "" && systemdRuns():

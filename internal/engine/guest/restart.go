@@ -14,6 +14,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/pgark/terraform-provider-pgark/internal/engine/postgres"
 )
 
@@ -43,30 +45,6 @@ func binaries(pid int) string {
 		return ""
 	}
 	return filepath.Dir(exe)
-}
-
-// restartCommand is what a person runs to restart a cluster's server.
-func restartCommand(c cluster) string {
-	major, name, debian := strings.Cut(c.debian, "/")
-	switch service := serviceOf(c.pid); {
-	case service != "":
-		return "sudo systemctl restart " + service
-	case debian:
-		return "sudo pg_ctlcluster " + major + " " + name + " restart"
-	}
-	return fmt.Sprintf("sudo -u %s %s restart -D %s", c.Owner, filepath.Join(binaries(c.pid), "pg_ctl"), c.DataDirectory)
-}
-
-// startCommand is what a person runs to start a stopped cluster.
-func startCommand(c cluster) string {
-	major, name, debian := strings.Cut(c.debian, "/")
-	switch {
-	case debian && systemdRuns():
-		return "sudo systemctl start postgresql@" + major + "-" + name
-	case debian:
-		return "sudo pg_ctlcluster " + major + " " + name + " start"
-	}
-	return fmt.Sprintf("sudo -u %s pg_ctl start -D %s", c.Owner, c.DataDirectory)
 }
 
 // canRestart says in an error why a cluster's server cannot be restarted from here.
@@ -117,33 +95,27 @@ func (g *local) restart(ctx context.Context, c cluster) error {
 		cmd = exec.CommandContext(ctx, "pg_ctlcluster", major, name, "restart")
 	default:
 		cmd = exec.CommandContext(ctx, filepath.Join(binaries(c.pid), "pg_ctl"), "restart", "-s", "-w", "-m", "fast",
-			"-t", fmt.Sprint(int(restartTimeout.Seconds())), "-D", c.DataDirectory)
+			"-t", fmt.Sprint(int(restartTimeout.Seconds())), "-D", c.DataDirectory, "-l", serverLog(c))
 		owner, err := lookupAccount(c.Owner)
 		if err != nil {
 			return err
-		}
-		// The server goes on writing where it did: pg_ctl would start it with its own standard error.
-		if log, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/2", c.pid)); err == nil && filepath.IsAbs(log) {
-			if info, err := os.Stat(log); err == nil && info.Mode().IsRegular() && owner.may(info, mayWrite) {
-				cmd.Args = append(cmd.Args, "-l", log)
-			}
 		}
 		runAs(cmd, owner)
 		cmd.Dir = c.DataDirectory
 	}
 	// A file, not a pipe: whoever starts a server leaves its output open in it, and a pipe's reader would wait for that.
-	out, err := os.CreateTemp("", "pgark-restart-*")
+	// In memory, because /tmp may be full, or not ours to write.
+	fd, err := unix.MemfdCreate("pgark-restart", unix.MFD_CLOEXEC)
 	if err != nil {
-		return err
+		return fmt.Errorf("restart PostgreSQL: %w", os.NewSyscallError("memfd_create", err))
 	}
-	defer func() {
-		out.Close()
-		_ = os.Remove(out.Name())
-	}()
+	out := os.NewFile(uintptr(fd), "output of the restart")
+	defer out.Close()
 	cmd.Stdout, cmd.Stderr = out, out
 	if err := cmd.Run(); err != nil {
-		said, _ := os.ReadFile(out.Name())
-		return fmt.Errorf("restart PostgreSQL: %s: %w: %s", strings.Join(cmd.Args, " "), err, bytes.TrimSpace(said))
+		said := make([]byte, 4<<10)
+		n, _ := out.ReadAt(said, 0)
+		return fmt.Errorf("restart PostgreSQL: %s: %w: %s", strings.Join(cmd.Args, " "), err, bytes.TrimSpace(said[:n]))
 	}
 	for wait := 20 * time.Millisecond; ; wait = min(2*wait, time.Second) {
 		conn, err := connect(ctx, c.Instance.Instance)
