@@ -97,19 +97,19 @@ func (e *examination) running(cl cluster, err error) Check {
 	var silent *silentError
 	switch {
 	case !cl.Running:
-		c.Status, c.Found, c.Remedy = Fail, "no server runs on "+cl.DataDirectory, startRemedy(cl)
+		c.Status, c.Found, c.Remedy = Fail, "no server runs on "+cl.DataDirectory, startCommand(cl)
 	case errors.As(err, &silent):
 		c.Status, c.Found = Fail, err.Error()
-		c.Remedy = "# its log may say what it waits for; this restarts it:\n" + restartRemedy(cl)
+		c.Remedy = "# its log may say what it waits for; this restarts it:\n" + restartCommand(cl)
 	case errors.As(err, &other):
 		c.Status, c.Found = Fail, err.Error()
-		c.Remedy = "# another cluster has taken the port: give one of them another, and restart this one\n" + restartRemedy(cl)
+		c.Remedy = "# another cluster has taken the port: give one of them another, and restart this one\n" + restartCommand(cl)
 	case isStarting(err):
 		c.Status, c.Found = Fail, err.Error()
 		c.Remedy = "wait until it has started, or see in its log why it does not"
 	case postgres.IsNotRunning(err):
 		c.Status, c.Found = Fail, err.Error()
-		c.Remedy = "# its socket is gone; a restart makes it anew\n" + restartRemedy(cl)
+		c.Remedy = "# its socket is gone; a restart makes it anew\n" + restartCommand(cl)
 	}
 	return c
 }
@@ -146,9 +146,9 @@ func restartFor(cl cluster, s *inspected) string {
 		}
 	}
 	if len(sql) == 0 {
-		return restartRemedy(cl)
+		return restartCommand(cl)
 	}
-	return statements(cl, sql...) + " && " + restartRemedy(cl)
+	return statements(cl, sql...) + " && " + restartCommand(cl)
 }
 
 // restartedSetting judges a setting that takes a restart, and that is not as it has to be.
