@@ -104,9 +104,9 @@ func Start(t testing.TB, lines ...string) *Server {
 		"Subsystem sftp internal-sftp", "MaxStartups 100", "LogLevel VERBOSE", "PrintMotd no",
 	), "\n") + "\n"
 	err = errors.Join(
-		os.Chmod(dir, 0o755), //nolint:gosec // see above
+		os.Chmod(dir, 0o755), // see above
 		os.WriteFile(filepath.Join(dir, "host"), []byte(hostKey), 0o600),
-		os.WriteFile(filepath.Join(dir, "authorized"), []byte(authorized+"\n"), 0o644), //nolint:gosec // a public key
+		os.WriteFile(filepath.Join(dir, "authorized"), []byte(authorized+"\n"), 0o644),
 		os.WriteFile(s.config, []byte(config), 0o600),
 	)
 	if err != nil {

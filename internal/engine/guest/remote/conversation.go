@@ -150,7 +150,13 @@ func (c *conversation) run(l *lines) {
 	defer close(c.stopped)
 	var group sync.WaitGroup
 	group.Go(func() {
-		if err := c.out.writeTo(c.t.in); err != nil {
+		err := c.out.writeTo(c.t.in)
+		if err == nil {
+			return
+		}
+		select {
+		case <-c.dead: // how the server ended says more than that it does not read
+		case <-time.After(endGrace):
 			c.lose(fmt.Errorf("write a request: %w", err))
 		}
 	})

@@ -25,7 +25,7 @@ type scripted struct {
 	do func(ctx context.Context, call string, given any) (any, error)
 }
 
-func did[T any](g scripted, ctx context.Context, call string, given any) (T, error) { //nolint:revive // the guest is what it is about
+func did[T any](g scripted, ctx context.Context, call string, given any) (T, error) {
 	v, err := g.do(ctx, call, given)
 	out, _ := v.(T)
 	return out, err

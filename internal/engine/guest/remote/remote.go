@@ -3,16 +3,22 @@
 //
 // # Getting the binary there
 //
-// A guest that has the very binary deployed (by content hash) runs that one. To any other it is sent first, compressed,
-// through the shell's gzip: for root to <lib>/incoming/pgark by install(1), for anybody else to a directory of their own on
-// a file system that is not mounted noexec. Once it runs it removes its own file: a probe leaves nothing behind, whatever
-// happens to the connection. Apply installs the program that runs, so the binary travels once.
+// One look at the guest tells its architecture, the runners that are deployed there, and where files can be put. A guest
+// that has the very binary deployed (by content hash), in a place that only root writes, runs that one. To any other it is
+// sent first, compressed, and unpacked by the guest's gzip to a directory of its own in the account's home, or elsewhere:
+// from there root gets it to <lib>/incoming/pgark by install(1); for anybody else that directory has to be on a file
+// system that is not mounted noexec, and it runs there. Once it runs it removes its own file.
+//
+// All that is one session of one script, which removes what it made if less than the whole runner comes: a probe leaves
+// nothing behind, whatever happens to the connection. Who brings another runner at the same moment may replace ours: the
+// server's first line tells, and then it is brought again. Apply installs the program that runs, so the binary travels once.
 //
 // # The conversation
 //
 // One JSON document a line, both ways. The first line of the server says who it is and is checked; then requests, each with
-// a number, are answered in any order. When the server's input ends, or is silent for too long, it cancels what runs and
-// ends: a lost connection stops the remote step.
+// a number, are answered in any order. A request can be canceled, and is answered all the same. When the server's input
+// ends, or is silent for two minutes (the client gives a sign of life every 15 s), it cancels what runs, waits until that
+// has put things back, and ends: a lost connection stops the remote step. Secrets go in requests only.
 package remote
 
 import (
@@ -203,10 +209,10 @@ func (g *Guest) open(ctx context.Context) *opening {
 // call makes a call, reads its result into result (nil for none), and says in errors what it was for.
 func (g *Guest) call(ctx context.Context, name string, params, result any) error {
 	_, err := g.try(ctx, name, params, result, changesNothing)
-	if died, ok := err.(*diedError); ok { //nolint:errorlint // as try returns it
+	if _, died := err.(*diedError); died { //nolint:errorlint // as try returns it
 		if _, err = g.try(ctx, name, params, result, changesNothing); err != nil {
 			if again, ok := err.(*diedError); ok { //nolint:errorlint // as above
-				return fmt.Errorf("%s: %s: the connection was lost twice: %w", g.options.Link, name, errors.Join(died.err, again.err))
+				return fmt.Errorf("%s: %s: the connection was lost twice, before an answer came: %w", g.options.Link, name, again.err)
 			}
 		}
 	}

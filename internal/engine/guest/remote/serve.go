@@ -10,7 +10,6 @@ import (
 	"io"
 	"os"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/pgark/terraform-provider-pgark/internal/engine/guest"
@@ -69,9 +68,8 @@ type server struct {
 	guest   guest.Guest
 	silence time.Duration
 
-	calls   sync.WaitGroup
-	running atomic.Int64
-	out     *mailbox
+	calls sync.WaitGroup
+	out   *mailbox
 
 	mu     sync.Mutex // guards cancel
 	cancel map[uint64]context.CancelCauseFunc

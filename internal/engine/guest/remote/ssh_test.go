@@ -542,8 +542,8 @@ func TestSSH_deployedIsNotWhatItsNameSays(t *testing.T) {
 	binary := filepath.Join(w.layout.BinaryDirectory(theRunner.SHA256), "pgark")
 	must(t, os.MkdirAll(filepath.Dir(binary), 0o755))
 	for name, prepare := range map[string]func(){
-		"others may write it":         func() { must(t, os.Chmod(binary, 0o777)) },               //nolint:gosec // the point of it
-		"others may write beside it":  func() { must(t, os.Chmod(filepath.Dir(binary), 0o777)) }, //nolint:gosec // the point of it
+		"others may write it":         func() { must(t, os.Chmod(binary, 0o777)) },
+		"others may write beside it":  func() { must(t, os.Chmod(filepath.Dir(binary), 0o777)) },
 		"it belongs to somebody else": func() { pgtest.Chown(t, binary) },
 		"it is a link": func() {
 			must(t, os.Rename(binary, binary+".real"))
@@ -553,7 +553,7 @@ func TestSSH_deployedIsNotWhatItsNameSays(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			must(t, os.RemoveAll(filepath.Dir(binary)))
 			must(t, os.Mkdir(filepath.Dir(binary), 0o755))
-			must(t, os.WriteFile(binary, script, 0o755)) //nolint:gosec // a program
+			must(t, os.WriteFile(binary, script, 0o755))
 			prepare()
 			_, err := w.guest("root", theRunner).Machine(w.ctx)
 			must(t, err)
@@ -565,7 +565,7 @@ func TestSSH_deployedIsNotWhatItsNameSays(t *testing.T) {
 	// One of root's is run, and another one is brought when it does not answer as it should.
 	must(t, os.RemoveAll(filepath.Dir(binary)))
 	must(t, os.Mkdir(filepath.Dir(binary), 0o755))
-	must(t, os.WriteFile(binary, script, 0o755)) //nolint:gosec // a program
+	must(t, os.WriteFile(binary, script, 0o755))
 	g := w.guest("root", theRunner)
 	_, err := g.Machine(w.ctx)
 	must(t, err)

@@ -41,26 +41,27 @@ func removeStaged(layout job.Layout, exe string) error {
 	}
 	// What lies there now may be somebody else's, who will run it in a moment.
 	there, err := os.Lstat(exe)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+	if err == nil && os.SameFile(ours, there) {
+		err = os.Remove(exe)
 	}
-	if err != nil {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove what was brought: %w", err)
 	}
-	if !os.SameFile(ours, there) {
-		return nil
+	// Directories that are not empty are in use, and go with whoever uses them. Those above the library are the machine's,
+	// but for a root of its own.
+	empty := []string{dir}
+	if library != "" {
+		empty = append(empty, library)
+		if root := filepath.Clean("/" + layout.Root); layout.Root != "" {
+			for dir := filepath.Dir(library); len(dir) > len(root); dir = filepath.Dir(dir) {
+				empty = append(empty, dir)
+			}
+		}
 	}
-	if err := os.Remove(exe); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove what was brought: %w", err)
-	}
-	// Directories that are not empty are in use, and go with whoever uses them.
-	if os.Remove(dir) != nil || library == "" || os.Remove(library) != nil || layout.Root == "" {
-		return nil
-	}
-	for dir := filepath.Dir(library); len(dir) > len(filepath.Clean("/"+layout.Root)); dir = filepath.Dir(dir) {
+	for _, dir := range empty {
 		if os.Remove(dir) != nil {
 			break
 		}
 	}
-	return nil
+	return nil //nolint:nilerr // see above: a file that is not there is removed
 }
