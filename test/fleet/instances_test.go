@@ -104,7 +104,6 @@ output "protected" {
 `, name)
 	w.configure("", declared)
 	w.apply()
-	took.lap(t, "apply")
 
 	var protected []string
 	if err := json.Unmarshal([]byte(w.must("output", "-json", "protected")), &protected); err != nil {
@@ -179,7 +178,7 @@ output "instances" {
 	g.Run("systemctl start scratch")
 	w.configure("", declared)
 	w.apply()
-	took.lap(t, "what the data source says")
+	took = startClock()
 
 	w.restore(g, name, orders, billing)
 	took.lap(t, "two restores to a moment")
@@ -203,7 +202,6 @@ output "instances" {
 			t.Errorf("destroy has left archive_command = %q in %s", set, i.instance)
 		}
 	}
-	took.lap(t, "the rest")
 }
 
 // text is the value of a string that may be null.

@@ -55,7 +55,7 @@ resource "pgark_postgresql_backup_job" "each" {
 	}
 
 	w.configure("", each("0 3 * * *"))
-	took.lap(t, "init")
+	took = startClock()
 	out := w.apply()
 	whole := took.lap(t, "apply of ten")
 	var sum time.Duration
@@ -87,7 +87,6 @@ resource "pgark_postgresql_backup_job" "each" {
 		t.Errorf("refresh took %v, expected less than %v", d, refreshAll)
 	}
 	w.nothingToDo()
-	took.lap(t, "plan of ten, with nothing to do")
 
 	// One is cut off, and all are to change. Everybody is told at once; nothing is concluded about the one.
 	lost.Cut()
@@ -95,14 +94,12 @@ resource "pgark_postgresql_backup_job" "each" {
 	w.configure("timeout = \"5s\"\n    wait_for_host = \"0s\"", each("30 4 * * *"))
 	who := "root@" + lost.Address + ":22"
 	w.says(w.planFails(), who, "on_unreachable", "-refresh=false", "firewall")
-	took.lap(t, "plan that fails")
 
 	// As that said. The nine are done; the tenth fails, and its state is as it was.
 	w.provider = `on_unreachable = "warn"`
 	hosts["db10"] = unused(machines) // and an eleventh, that nobody has seen yet
 	w.configure("timeout = \"5s\"\n    wait_for_host = \"0s\"", each("30 4 * * *"))
 	out = w.applyFails()
-	took.lap(t, "apply with one cut off, and one that is not there")
 	_, errors, _ := strings.Cut(out, "Error: ") // behind the warnings
 	w.says(errors, who, "firewall", "root@"+hosts["db10"]+":22")
 	schedules, after := w.jobs()
@@ -133,9 +130,7 @@ resource "pgark_postgresql_backup_job" "each" {
 	w.configure("", each("30 4 * * *"))
 	w.says(w.apply(), "0 added, 1 changed, 0 destroyed")
 	w.nothingToDo()
-	took.lap(t, "apply and plan with all of them again")
 	w.destroy()
-	took.lap(t, "destroy of ten")
 }
 
 // jobs reads the jobs in the state, by name: their schedules, and all that is known of them.
