@@ -30,18 +30,18 @@ const (
 )
 
 // Command is a program on the host. Nothing secret may stand in it: arguments are visible there.
+//
+// A Shell with Root runs as the account itself: it finds a shell function `asroot PROGRAM [ARGUMENT]…` that runs one
+// program as root with the script's standard input and output (by sudo -n; by sudo -S where a password is needed, which the
+// script never sees; as it is for root), so that sudo is asked for that program and not for sh. It may be called more than
+// once, in a pipeline, with its input redirected, and at the end of a script. Where a sudo password is given, its standard
+// error comes when it has ended; where one is needed, its input goes through a pipe that reads ahead: of several that share
+// the script's input, the first gets all of it, so those that need none are given </dev/null.
 type Command struct {
 	Args  []string // quoted for the remote shell; or
 	Shell string   // a script for sh, as it stands
 	Root  bool     // run it as root: by sudo if the policy says so
 	Name  string   // what messages call it; "": as it stands
-
-	// A Shell with Root runs as the account itself: it finds a shell function `asroot PROGRAM [ARGUMENT]…` that runs one
-	// program as root with the script's standard input and output (by sudo -n; by sudo -S where a password is needed,
-	// which the script never sees; as it is for root), so that sudo is asked for that program and not for sh. It may be
-	// called more than once, in a pipeline, with its input redirected, and at the end of a script. Its standard error
-	// comes when it has ended, and where sudo needs a password its input goes through a pipe that reads ahead: of several
-	// that share the script's input, the first gets all of it, so those that need none are given </dev/null.
 	Stdin io.Reader
 }
 

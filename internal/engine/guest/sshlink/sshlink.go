@@ -78,7 +78,7 @@ type Link struct {
 	sudoPassword string
 
 	sessions chan struct{} // holds a token for each command that runs
-	dialling chan struct{} // holds a token while a connection is being made; guards via and the hops' pins against others
+	dialling chan struct{} // holds a token while a connection is being made; guards what that changes in the hops
 
 	mu           sync.Mutex // guards the following; nothing that blocks is called under it
 	current      *connection
