@@ -96,7 +96,8 @@ func (g *local) runnerState(ctx context.Context, name, instance string) (state, 
 	case asked != nil:
 		return RunnerSilent, fmt.Sprintf("%s runs, and does not answer: %v", f.what, asked), nil
 	}
-	if exe, current := g.isCurrent(s.PID); !current {
+	// Without a binary there is none that it should run; that there is none is said of the binary.
+	if exe, current := g.isCurrent(s.PID); !current && isFile(g.layout.BinaryLink()) {
 		return RunnerOutdated, fmt.Sprintf("process %d runs %s", s.PID, exe), nil
 	}
 	switch {
