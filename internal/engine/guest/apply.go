@@ -360,6 +360,11 @@ func (g *local) removeOldBinaries() {
 	used := map[string]bool{current: true}
 	exes, _ := filepath.Glob("/proc/[0-9]*/exe") // the pattern is well formed
 	for _, exe := range exes {
+		// An archive_command that runs still has no need of its file; a supervisor starts its runner from it.
+		cmdline, err := os.ReadFile(filepath.Join(filepath.Dir(exe), "cmdline"))
+		if err != nil || strings.Contains(string(cmdline), "\x00wal\x00push\x00") {
+			continue
+		}
 		if path, err := os.Readlink(exe); err == nil {
 			used[path] = true
 		}
@@ -452,7 +457,7 @@ func (a *application) configure(ctx context.Context, i job.Instance) error {
 		return nil
 	}
 	if c := a.cluster(i.Name); c != nil {
-		return a.g.restart(ctx, *c)
+		return a.g.restart(ctx, *c, nil)
 	}
 	return nil
 }

@@ -9,7 +9,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"os/exec"
 	"os/user"
 	"path/filepath"
 	"slices"
@@ -18,6 +20,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/pgark/terraform-provider-pgark/internal/engine/daemon/control"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/guest"
@@ -138,7 +142,7 @@ func TestApply_life(t *testing.T) {
 		}
 		out, ok := check()
 		must(t, json.Unmarshal(out, &document))
-		if !ok || !document.OK || len(document.Proofs) != 1 || len(document.Checks) != 15 || document.Proofs[0].Segment == "" {
+		if !ok || !document.OK || len(document.Proofs) != 1 || len(document.Checks) < 15 || document.Proofs[0].Segment == "" {
 			t.Errorf("found %t, %s", ok, out)
 		}
 		c.Exec("alter system set archive_command = '/bin/false'")
@@ -417,7 +421,9 @@ func TestApply_restores(t *testing.T) {
 	fails := func(what, step string, deployment guest.Deployment) {
 		t.Helper()
 		old := w.status(c).PID
-		_, err := w.guest.Apply(w.ctx, deployment)
+		ctx, cancel := contextWithSeconds(w, 30) // the proof would wait for a minute
+		defer cancel()
+		_, err := w.guest.Apply(ctx, deployment)
 		var failure *guest.ApplyError
 		if !errors.As(err, &failure) || !failure.Restored || failure.RolledBack || failure.Step != step {
 			t.Fatalf("%s: found %v", what, err)
@@ -434,7 +440,7 @@ func TestApply_restores(t *testing.T) {
 			t.Errorf("%s: found %+v", what, s.Instances)
 		}
 		if found := w.files(); !slices.Equal(found, files) {
-			t.Errorf("%s: found %q, expected %q", what, found, files)
+			t.Errorf("%s: files: %s", what, cmp.Diff(files, found))
 		}
 		for file, expected := range map[string][]byte{w.layout.JobFile(jobName): document, w.layout.CredentialsFile(jobName): credentials} {
 			if found, err := os.ReadFile(file); err != nil || !slices.Equal(found, expected) {
@@ -517,6 +523,259 @@ func TestApply_ownProgram(t *testing.T) {
 	w.waitForWAL(c, c.SwitchWAL())
 }
 
+// What is chained behind ours goes on, is seen to be changed, and is put back as it was.
+func TestApply_chain(t *testing.T) {
+	t.Parallel()
+	for place, inFile := range map[string]bool{"in postgresql.conf": true, "by ALTER SYSTEM": false} {
+		t.Run(place, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			old := filepath.Join(pgtest.Dir(t), "it's old")
+			must(t, os.Mkdir(old, 0o700))
+			_, uid, gid := pgtest.Owner(t)
+			must(t, os.Chown(old, uid, gid))
+			theirs := `test ! -f "` + old + `/%f" && cp %p "` + old + `/%f"; test $? -eq 0`
+			o := pgtest.Options{}
+			if inFile {
+				o.Settings = map[string]string{"archive_command": theirs}
+			}
+			c := cluster(t, o)
+			set := func(command string) {
+				t.Helper()
+				if command == "" {
+					c.Exec("alter system reset archive_command")
+				} else {
+					c.Exec("alter system set archive_command = '" + strings.ReplaceAll(command, "'", "''") + "'")
+				}
+				c.Exec("select pg_reload_conf()")
+			}
+			if !inFile {
+				set(theirs)
+			}
+			w.eventually(func() bool { return c.Scalar("show archive_command") == theirs })
+			before := autoConf(t, c)
+			ours := w.layout.ArchiveCommand(jobName, name(c))
+			chained := ours + " && ( " + theirs + " )"
+			expect := func(policy, command string) {
+				t.Helper()
+				w.policy.ExistingArchiveCommand = policy
+				s := w.apply(w.job(c))
+				if i := s.Instances[0]; i.Wanted != command || i.Settings["archive_command"] != command || c.Scalar("show archive_command") != command {
+					t.Errorf("%s: wanted %q, found %q, expected %q", policy, i.Wanted, i.Settings["archive_command"], command)
+				}
+			}
+
+			expect("chain", chained)
+			segment := c.SwitchWAL()
+			w.waitForWAL(c, segment)
+			w.eventually(func() bool {
+				_, err := os.Stat(filepath.Join(old, string(segment)))
+				return err == nil
+			})
+			conf := autoConf(t, c)
+			expect("chain", chained)
+			expect("fail", chained)
+			if autoConf(t, c) != conf {
+				t.Error("applying again has changed something")
+			}
+			expect("replace", ours)
+			expect("chain", chained)
+			for what, command := range map[string]string{
+				"ours was taken out": theirs, "theirs was taken out": ours, "emptied": " ", "theirs was changed": ours + " && ( /bin/true )",
+			} {
+				set(command)
+				w.eventually(func() bool { return c.Scalar("show archive_command") == command })
+				s, err := w.guest.State(w.ctx, jobName)
+				must(t, err)
+				if i := s.Instances[0]; i.Wanted != chained || i.Settings["archive_command"] != command {
+					t.Errorf("%s: found %+v", what, i)
+				}
+				expect("chain", chained)
+			}
+			must(t, w.guest.Remove(w.ctx, jobName))
+			if found := autoConf(t, c); found != before || c.Scalar("show archive_command") != theirs {
+				t.Errorf("postgresql.auto.conf: found\n%s\nexpected\n%s", found, before)
+			}
+
+			// What somebody has put behind ours is theirs to keep.
+			w.policy.ExistingArchiveCommand = "chain"
+			w.apply(w.job(c))
+			set(ours + " && ( /bin/true )")
+			w.eventually(func() bool { return strings.HasSuffix(c.Scalar("show archive_command"), "( /bin/true )") })
+			must(t, w.guest.Remove(w.ctx, jobName))
+			if found := c.Scalar("show archive_command"); found != "/bin/true" {
+				t.Errorf("found %q", found)
+			}
+		})
+	}
+}
+
+// A command behind ours that fails keeps WAL from going away: nobody is told that all is well.
+func TestApply_chainFails(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	c := cluster(t, pgtest.Options{Settings: map[string]string{"archive_command": "/bin/false"}})
+	before := autoConf(t, c)
+	w.policy.ExistingArchiveCommand = "chain"
+	ctx, cancel := contextWithSeconds(w, 20)
+	defer cancel()
+	_, err := w.guest.Apply(ctx, w.deployment(w.job(c)))
+	var stuck *guest.ProofError
+	var failure *guest.ApplyError
+	if !errors.As(err, &stuck) || !stuck.Behind || !strings.Contains(stuck.Archiver, "failed ") || !errors.As(err, &failure) || !failure.RolledBack {
+		t.Fatalf("found %v", err)
+	}
+	if found := w.files(); len(found) > 0 || autoConf(t, c) != before {
+		t.Errorf("left behind: %q", found)
+	}
+}
+
+// wal_level and archive_mode are changed with one restart, where that is allowed, and put back where the server starts so.
+func TestApply_walLevel(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	c := pgtest.Start(t, pgtest.Options{Settings: map[string]string{"archive_mode": "off", "wal_level": "minimal", "max_wal_senders": "0"}})
+	t.Cleanup(func() {
+		// A restarted server is no child of the test any more.
+		_ = c.Command("pg_ctl", "stop", "-s", "-w", "-m", "immediate", "-D", c.DataDir).Run()
+	})
+	before := "# by hand\n" + autoConf(t, c) + "work_mem =  7MB  # as it was\n"
+	must(t, os.WriteFile(filepath.Join(c.DataDir, "postgresql.auto.conf"), []byte(before), 0o600))
+	w.expectFailing(w.job(c), "archive_mode", "wal_level")
+	w.policy.Restart = "allow"
+	for _, senders := range []string{"0", "5"} {
+		started := c.Scalar("select pg_postmaster_start_time()")
+		s := w.apply(w.job(c))
+		if found := s.Instances[0].Settings; found["archive_mode"] != "on" || found["wal_level"] != "replica" {
+			t.Errorf("found %v", found)
+		}
+		if c.Scalar("select pg_postmaster_start_time()") == started {
+			t.Error("the server was not restarted")
+		}
+		started = c.Scalar("select pg_postmaster_start_time()")
+		w.apply(w.job(c))
+		if c.Scalar("select pg_postmaster_start_time()") != started {
+			t.Error("applied again, the server was restarted again")
+		}
+		expected := "minimal"
+		if senders != "0" {
+			c.Exec("alter system set max_wal_senders = " + senders) // with this, minimal would be the end
+			expected = "replica"
+		}
+		must(t, w.guest.Remove(w.ctx, jobName))
+		if found := c.Scalar("show wal_level") + ", " + c.Scalar("show archive_mode"); found != expected+", off" {
+			t.Errorf("max_wal_senders = %s: found %s", senders, found)
+		}
+		if found := autoConf(t, c); senders == "0" && found != before {
+			t.Errorf("postgresql.auto.conf: found\n%s\nexpected\n%s", found, before)
+		}
+	}
+}
+
+// What would end archiving with the next restart is seen and taken back.
+func TestApply_pending(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	c := cluster(t, pgtest.Options{})
+	before := autoConf(t, c)
+	w.apply(w.job(c))
+	pending := func() map[string]string {
+		t.Helper()
+		s, err := w.guest.State(w.ctx, jobName)
+		must(t, err)
+		return s.Instances[0].Pending
+	}
+	if found := pending(); len(found) > 0 {
+		t.Errorf("found %v", found)
+	}
+	c.Exec("alter system set archive_mode = off")
+	c.Exec("alter system set wal_level = logical") // somebody's plan, which does not concern us
+	c.Exec("select pg_reload_conf()")
+	w.eventually(func() bool { return len(pending()) > 0 })
+	if found := pending(); len(found) != 1 || found["archive_mode"] != "off" {
+		t.Errorf("found %v", found)
+	}
+	s := w.apply(w.job(c))
+	if found := s.Instances[0].Pending; len(found) > 0 || strings.Contains(autoConf(t, c), "archive_mode") || !strings.Contains(autoConf(t, c), "logical") {
+		t.Errorf("found %v in %s", found, autoConf(t, c))
+	}
+	c.Exec("alter system reset wal_level")
+
+	// Where it stands in postgresql.conf, ALTER SYSTEM comes before it until the job is gone.
+	file := filepath.Join(c.DataDir, "postgresql.conf")
+	conf, err := os.ReadFile(file)
+	must(t, err)
+	must(t, os.WriteFile(file, append(slices.Clone(conf), "\narchive_mode = off\n"...), 0o600))
+	c.Exec("select pg_reload_conf()")
+	w.eventually(func() bool { return len(pending()) > 0 })
+	if s := w.apply(w.job(c)); len(s.Instances[0].Pending) > 0 || !strings.Contains(autoConf(t, c), "archive_mode = 'on'") {
+		t.Errorf("found %v in %s", s.Instances[0].Pending, autoConf(t, c))
+	}
+	must(t, w.guest.Remove(w.ctx, jobName))
+	if found := autoConf(t, c); found != before || c.Scalar("show archive_mode") != "on" {
+		t.Errorf("postgresql.auto.conf: found\n%s\nexpected\n%s", found, before)
+	}
+}
+
+// Each difference of a runner has its word and its reason, and is mended.
+func TestState_runner(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	c := cluster(t, pgtest.Options{})
+	cron := filepath.Join(w.layout.Root, "etc/cron.d/pgark")
+	must(t, os.MkdirAll(filepath.Dir(cron), 0o755))
+	must(t, os.MkdirAll(filepath.Join(w.layout.Root, "usr/sbin"), 0o755))
+	must(t, os.WriteFile(filepath.Join(w.layout.Root, "usr/sbin/cron"), nil, 0o755))
+	w.apply(w.job(c))
+	socket := w.layout.Socket(jobName, name(c))
+	for what, test := range map[string]struct {
+		state, detail string
+		change        func()
+	}{
+		"socket gone": {guest.RunnerSilent, "does not answer: no runner answers on " + socket, func() { must(t, os.Remove(socket)) }},
+		"hung":        {guest.RunnerSilent, "does not answer", func() { must(t, syscall.Kill(w.status(c).PID, syscall.SIGSTOP)) }},
+		"link elsewhere": {guest.RunnerOutdated, w.layout.LibDirectory(), func() {
+			must(t, os.Remove(w.layout.BinaryLink()))
+			must(t, os.Symlink("/bin/true", w.layout.BinaryLink()))
+		}},
+		"cron's file gone":    {guest.RunnerDisabled, cron + ", which starts it with the machine, is missing", func() { must(t, os.Remove(cron)) }},
+		"cron's file changed": {guest.RunnerDisabled, cron + ", which starts it with the machine, was changed", func() { must(t, os.WriteFile(cron, nil, 0o644)) }},
+	} {
+		test.change()
+		s, err := w.guest.State(w.ctx, jobName)
+		must(t, err)
+		if i := s.Instances[0]; i.Runner != test.state || !strings.Contains(i.Detail, test.detail) {
+			t.Errorf("%s: found %q, %q", what, i.Runner, i.Detail)
+		}
+		if i := w.apply(w.job(c)).Instances[0]; i.Runner != guest.RunnerRunning || i.Detail != "" {
+			t.Errorf("%s: mended, found %q, %q", what, i.Runner, i.Detail)
+		}
+	}
+
+	// After a start of the machine there is nothing below /run, and no process.
+	for _, pid := range w.processes() {
+		n, err := strconv.Atoi(pid)
+		must(t, err)
+		must(t, syscall.Kill(n, syscall.SIGKILL))
+	}
+	w.eventually(func() bool { return len(w.processes()) == 0 })
+	must(t, os.RemoveAll(w.layout.RunRoot()))
+	s, err := w.guest.State(w.ctx, jobName)
+	if err != nil || s.Instances[0].Runner != guest.RunnerStopped || s.Instances[0].Detail == "" {
+		t.Errorf("found %+v, %v", s, err)
+	}
+	b, err := os.ReadFile(cron)
+	must(t, err)
+	_, line, _ := strings.Cut(string(b), "@reboot root ")
+	must(t, exec.CommandContext(w.ctx, "sh", "-c", line).Run())
+	w.waitForRunner(c, 0)
+	w.waitForWAL(c, c.SwitchWAL())
+	must(t, w.guest.Remove(w.ctx, jobName))
+	if _, err := os.Stat(cron); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("%s: found %v", cron, err)
+	}
+}
+
 // A name that another machine has is refused with that machine named, before anything changes.
 func TestApply_ownedByAnotherMachine(t *testing.T) {
 	t.Parallel()
@@ -587,6 +846,22 @@ func TestApply_credentials(t *testing.T) {
 	}
 	if b := s.Job.Encode(); strings.Contains(string(b), "hush") {
 		t.Error("the job file holds the secret")
+	}
+	for what, change := range map[string]func(){
+		"another secret": func() {
+			must(t, os.WriteFile(file, []byte("AWS_ACCESS_KEY_ID=AKIA\nAWS_SECRET_ACCESS_KEY=else\n"), 0o600))
+		},
+		"readable": func() { must(t, os.Chmod(file, 0o644)) },
+		"gone":     func() { must(t, os.Remove(file)) },
+	} {
+		change()
+		s, err := w.guest.State(w.ctx, jobName)
+		if err != nil || !s.CredentialsChanged || what != "gone" && s.AccessKeyID != "AKIA" {
+			t.Errorf("%s: found %+v, %v", what, s, err)
+		}
+		if s, err = w.guest.Apply(w.ctx, d); err != nil || s.CredentialsChanged || s.AccessKeyID != "AKIA" {
+			t.Errorf("%s: mended, found %+v, %v", what, s, err)
+		}
 	}
 	if s := w.apply(w.job(c)); s.HasCredentials {
 		t.Error("keys that are not declared any more stay on the guest")

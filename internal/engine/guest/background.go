@@ -125,6 +125,14 @@ func (b *background) ended() bool {
 }
 
 func (b *background) stop(ctx context.Context) error {
+	// One that somebody has halted cannot end.
+	all, err := b.processes(func([]string) bool { return true })
+	if err != nil {
+		return err
+	}
+	for _, pid := range all {
+		_ = syscall.Kill(pid, syscall.SIGCONT) // it may be gone
+	}
 	// The supervisor first: it would start the runner again. It passes the signal on and waits for its runner, so that
 	// there is nothing left to stop the second time, unless it was killed.
 	for _, which := range []func(args []string) bool{isSupervisor, func([]string) bool { return true }} {

@@ -67,10 +67,12 @@ func (e *ApplyError) Error() string {
 // Unwrap gives the cause.
 func (e *ApplyError) Unwrap() error { return e.Err }
 
-// ProofError says that a WAL segment which PostgreSQL was made to finish did not reach the repository.
+// ProofError says that a WAL segment which PostgreSQL was made to finish did not reach the repository, or got stuck in the
+// archive_command behind pgark's.
 type ProofError struct {
 	Instance string
 	Segment  string
+	Behind   bool // it is in the repository: what is chained behind fails
 	Waited   string
 	Archiver string // what pg_stat_archiver says
 	Runner   string // what the runner says
@@ -78,12 +80,19 @@ type ProofError struct {
 }
 
 func (e *ProofError) Error() string {
+	if e.Behind {
+		return fmt.Sprintf("WAL segment %s of %s is in the repository, but the archive_command that is chained behind pgark's did not succeed within %s: PostgreSQL's archiver: %s",
+			e.Segment, e.Instance, e.Waited, e.Archiver)
+	}
 	return fmt.Sprintf("WAL segment %s of %s did not reach the repository within %s: PostgreSQL's archiver: %s; the runner: %s",
 		e.Segment, e.Instance, e.Waited, e.Archiver, e.Runner)
 }
 
 // Hint gives the end of the runner's log.
 func (e *ProofError) Hint() string {
+	if e.Behind {
+		return "what it printed is in PostgreSQL's log; until it succeeds, PostgreSQL keeps its WAL"
+	}
 	if e.Log == "" {
 		return ""
 	}

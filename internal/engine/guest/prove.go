@@ -19,7 +19,8 @@ import (
 const proofPatience = 60 * time.Second
 
 // Prove makes each primary of the job as it is deployed here finish a WAL segment, and waits until that is in the
-// repository: the whole way, through archive_command and the runner. A segment that gets stuck is a *ProofError.
+// repository: the whole way, through archive_command and the runner. What is chained behind ours has to succeed, too. A
+// segment that gets stuck is a *ProofError.
 func Prove(ctx context.Context, layout job.Layout, j *job.Job, credentials *objectstore.Credentials) ([]Proof, error) {
 	store, err := objectstore.Open(ctx, j.Location(credentials), objectstore.Options{})
 	if err != nil {
@@ -60,21 +61,30 @@ func (g *local) prove(ctx context.Context, repo *repository.Repository, j *job.J
 	if err != nil {
 		return Proof{}, err
 	}
+	command, err := readArchiveCommand(ctx, conn)
+	if err != nil {
+		return Proof{}, err
+	}
+	chained := unchain(command) != ""
 	series := repo.Series(repository.SeriesID{Job: j.Name, Instance: i.Name, SystemID: i.SystemID})
-	last, progress := postgres.Archiver{}, time.Now()
+	last, progress, stored := postgres.Archiver{}, time.Now(), false
 	for wait := 20 * time.Millisecond; ; wait = min(2*wait, time.Second) {
+		a, archiver := postgres.ReadArchiver(ctx, conn)
 		info, err := series.StatWAL(ctx, string(segment))
-		if err == nil {
+		stored = stored || err == nil
+		if err == nil && (!chained || archiver == nil && a.LastArchived >= string(segment)) {
 			return Proof{Instance: i.Name, Segment: string(segment), Seconds: time.Since(began).Seconds(), StoredSize: info.StoredSize}, nil
 		}
-		if ctx.Err() == nil && !errors.Is(err, objectstore.ErrNotExist) && !objectstore.IsTransient(err) {
+		if !stored && ctx.Err() == nil && !errors.Is(err, objectstore.ErrNotExist) && !objectstore.IsTransient(err) {
 			return Proof{}, err
 		}
-		if a, err := postgres.ReadArchiver(ctx, conn); err == nil && a.Archived != last.Archived {
+		if archiver == nil && a.Archived != last.Archived {
 			last, progress = a, time.Now()
 		}
 		if time.Since(progress) > proofPatience || ctx.Err() != nil {
-			return Proof{}, g.stuck(context.WithoutCancel(ctx), j, i, string(segment), time.Since(began))
+			e := g.stuck(context.WithoutCancel(ctx), j, i, string(segment), time.Since(began))
+			e.Behind = stored
+			return Proof{}, e
 		}
 		select {
 		case <-ctx.Done():
@@ -84,7 +94,7 @@ func (g *local) prove(ctx context.Context, repo *repository.Repository, j *job.J
 }
 
 // stuck says where a segment got stuck.
-func (g *local) stuck(ctx context.Context, j *job.Job, i job.Instance, segment string, waited time.Duration) error {
+func (g *local) stuck(ctx context.Context, j *job.Job, i job.Instance, segment string, waited time.Duration) *ProofError {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	e := &ProofError{Instance: i.Name, Segment: segment, Waited: waited.Round(time.Second).String(), Log: g.runner(j.Name, i.Name, account{}).log(ctx)}

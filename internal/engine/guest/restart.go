@@ -82,40 +82,25 @@ func (s *inspected) restartSettings() map[string]string {
 	return settings
 }
 
-// restart restarts a cluster's server the way it was started, and waits until it answers.
-func (g *local) restart(ctx context.Context, c cluster) error {
+// restart restarts a cluster's server the way it was started, and waits until it answers. If the server does not start,
+// rescue (which may be nil) is to change what may keep it from starting, and it is tried once more.
+func (g *local) restart(ctx context.Context, c cluster, rescue func() error) error {
 	ctx, cancel := context.WithTimeout(ctx, restartTimeout)
 	defer cancel()
-	var cmd *exec.Cmd
-	major, name, debian := strings.Cut(c.debian, "/")
-	switch service := serviceOf(c.pid); {
-	case service != "":
-		cmd = exec.CommandContext(ctx, "systemctl", "restart", service)
-	case debian:
-		cmd = exec.CommandContext(ctx, "pg_ctlcluster", major, name, "restart")
-	default:
-		cmd = exec.CommandContext(ctx, filepath.Join(binaries(c.pid), "pg_ctl"), "restart", "-s", "-w", "-m", "fast",
-			"-t", fmt.Sprint(int(restartTimeout.Seconds())), "-D", c.DataDirectory, "-l", serverLog(c))
-		owner, err := lookupAccount(c.Owner)
-		if err != nil {
-			return err
-		}
-		runAs(cmd, owner)
-		cmd.Dir = c.DataDirectory
-	}
-	// A file, not a pipe: whoever starts a server leaves its output open in it, and a pipe's reader would wait for that.
-	// In memory, because /tmp may be full, or not ours to write.
-	fd, err := unix.MemfdCreate("pgark-restart", unix.MFD_CLOEXEC)
+	// Made from what its process tells, as long as there is one.
+	command, err := g.restartCommand(ctx, c)
 	if err != nil {
-		return fmt.Errorf("restart PostgreSQL: %w", os.NewSyscallError("memfd_create", err))
+		return err
 	}
-	out := os.NewFile(uintptr(fd), "output of the restart")
-	defer out.Close()
-	cmd.Stdout, cmd.Stderr = out, out
-	if err := cmd.Run(); err != nil {
-		said := make([]byte, 4<<10)
-		n, _ := out.ReadAt(said, 0)
-		return fmt.Errorf("restart PostgreSQL: %s: %w: %s", strings.Join(cmd.Args, " "), err, bytes.TrimSpace(said[:n]))
+	err = runRestart(command())
+	if err != nil && rescue != nil {
+		if e := rescue(); e != nil {
+			return errors.Join(err, e)
+		}
+		err = runRestart(command())
+	}
+	if err != nil {
+		return err
 	}
 	for wait := 20 * time.Millisecond; ; wait = min(2*wait, time.Second) {
 		conn, err := connect(ctx, c.Instance.Instance)
@@ -132,6 +117,46 @@ func (g *local) restart(ctx context.Context, c cluster) error {
 		case <-time.After(wait):
 		}
 	}
+}
+
+func (g *local) restartCommand(ctx context.Context, c cluster) (func() *exec.Cmd, error) {
+	major, name, debian := strings.Cut(c.debian, "/")
+	switch service := serviceOf(c.pid); {
+	case service != "":
+		return func() *exec.Cmd { return exec.CommandContext(ctx, "systemctl", "restart", service) }, nil
+	case debian:
+		return func() *exec.Cmd { return exec.CommandContext(ctx, "pg_ctlcluster", major, name, "restart") }, nil
+	}
+	owner, err := lookupAccount(c.Owner)
+	if err != nil {
+		return nil, err
+	}
+	program, log := filepath.Join(binaries(c.pid), "pg_ctl"), serverLog(c)
+	return func() *exec.Cmd {
+		cmd := exec.CommandContext(ctx, program, "restart", "-s", "-w", "-m", "fast",
+			"-t", fmt.Sprint(int(restartTimeout.Seconds())), "-D", c.DataDirectory, "-l", log)
+		runAs(cmd, owner)
+		cmd.Dir = c.DataDirectory
+		return cmd
+	}, nil
+}
+
+func runRestart(cmd *exec.Cmd) error {
+	// A file, not a pipe: whoever starts a server leaves its output open in it, and a pipe's reader would wait for that.
+	// In memory, because /tmp may be full, or not ours to write.
+	fd, err := unix.MemfdCreate("pgark-restart", unix.MFD_CLOEXEC)
+	if err != nil {
+		return fmt.Errorf("restart PostgreSQL: %w", os.NewSyscallError("memfd_create", err))
+	}
+	out := os.NewFile(uintptr(fd), "output of the restart")
+	defer out.Close()
+	cmd.Stdout, cmd.Stderr = out, out
+	if err := cmd.Run(); err != nil {
+		said := make([]byte, 4<<10)
+		n, _ := out.ReadAt(said, 0)
+		return fmt.Errorf("restart PostgreSQL: %s: %w: %s", strings.Join(cmd.Args, " "), err, bytes.TrimSpace(said[:n]))
+	}
+	return nil
 }
 
 // runAs lets a command run as owner, with nothing of our environment but what every program needs.

@@ -4,6 +4,7 @@ package guest
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -29,6 +30,7 @@ const closeTimeout = 2 * time.Second
 const (
 	archiveMode    = "archive_mode"
 	archiveCommand = "archive_command"
+	archiveLibrary = "archive_library"
 	walLevel       = "wal_level"
 )
 
@@ -96,14 +98,31 @@ func (g *local) readRemembered(name, instance string) (*remembered, error) {
 	return r, nil
 }
 
+// recall is readRemembered for an instance that is there. What was remembered of another cluster, in whose place this one
+// was made, is not about this one.
+func (g *local) recall(name string, i job.Instance) (*remembered, error) {
+	r, err := g.readRemembered(name, i.Name)
+	if err != nil || r == nil || r.Instance.SystemID != i.SystemID {
+		return nil, err
+	}
+	return r, nil
+}
+
+// configured tells whether a job has configured an instance's cluster before. What is found there now that is not ours
+// came later.
+func (g *local) configured(name string, i job.Instance) bool {
+	r, err := g.recall(name, i)
+	return err == nil && r != nil && r.Settings[archiveCommand].Ours != ""
+}
+
 // plannedCommand is what Apply would make of an archive_command, current, under a policy; an error says why the current
 // one cannot be chained.
-func (g *local) plannedCommand(name, instance, policy, current string) (wanted string, err error) {
-	r, err := g.readRemembered(name, instance)
+func (g *local) plannedCommand(name string, i job.Instance, policy, current string) (wanted string, err error) {
+	r, err := g.recall(name, i)
 	if err != nil {
 		return "", err
 	}
-	wanted, _, err = g.wantedCommand(name, instance, policy, current, r)
+	wanted, _, err = g.wantedCommand(name, i.Name, policy, current, r)
 	return wanted, err
 }
 
@@ -139,7 +158,7 @@ func (g *local) takeSettings(ctx context.Context, name string, i job.Instance, o
 		return err
 	}
 	defer closeNow(conn)
-	r, err := g.readRemembered(name, i.Name)
+	r, err := g.recall(name, i)
 	if err != nil {
 		return err
 	}
@@ -213,10 +232,41 @@ func (g *local) takeSettings(ctx context.Context, name string, i job.Instance, o
 		return fmt.Errorf("archive_command of %s is not ours after the reload: something comes before %s; look for it in pg_settings.sourcefile and pg_file_settings",
 			i.Name, autoConf(i.DataDirectory))
 	}
+	if err := takeLibraryBack(ctx, conn, i, auto); err != nil {
+		return err
+	}
 	if len(restart) > 0 {
 		return nil // a restart follows
 	}
 	return g.undoPending(ctx, conn, name, i, owner, r)
+}
+
+// alteredLibrary is the archive_library that ALTER SYSTEM has set; "" for none. The checks let only one that came after
+// us get as far as takeSettings.
+func alteredLibrary(auto []confLine) string {
+	library, _ := confSetting(auto, archiveLibrary)
+	return library
+}
+
+// takeLibraryBack undoes an ALTER SYSTEM that has put an archive_library in the place of archive_command.
+func takeLibraryBack(ctx context.Context, conn *pgx.Conn, i job.Instance, auto []confLine) error {
+	if alteredLibrary(auto) == "" {
+		return nil
+	}
+	if err := postgres.AlterSystemReset(ctx, conn, archiveLibrary); err != nil {
+		return err
+	}
+	if err := postgres.Reload(ctx, conn); err != nil {
+		return err
+	}
+	settings, err := postgres.ReadSettings(ctx, conn, archiveLibrary)
+	if err != nil {
+		return err
+	}
+	if library := settings[archiveLibrary].Value; library != "" {
+		return fmt.Errorf("archive_library of %s is %q in a configuration file; look for it in pg_file_settings", i.Name, library)
+	}
+	return nil
 }
 
 func (g *local) remember(name, instance string, r *remembered, owner account) error {
@@ -407,7 +457,18 @@ func (g *local) putBack(ctx context.Context, name, instance string, known job.In
 	}
 	// We turned archive_mode on with a restart that was allowed. Left on with no archive_command, PostgreSQL would keep
 	// all WAL until it has filled the disk, so off must take effect as well.
-	return g.restartDirectory(ctx, i)
+	return g.restartDirectory(ctx, i, func() error {
+		// Somebody has set up something that wal_level = minimal does not allow, and that we have not seen.
+		if _, ok := back[walLevel]; !ok {
+			return nil
+		}
+		auto, err := readAutoConf(i.DataDirectory)
+		if err != nil {
+			return err
+		}
+		ours := r.Settings[walLevel].Ours
+		return editAutoConf(i.DataDirectory, auto, map[string]*string{walLevel: &ours})
+	})
 }
 
 // settingsBack are the settings to change, and to what (nil: taken out of postgresql.auto.conf).
@@ -431,8 +492,8 @@ func (g *local) settingsBack(name string, auto []confLine, r *remembered) map[st
 	return back
 }
 
-// restartDirectory restarts the server of an instance that is known by its data directory.
-func (g *local) restartDirectory(ctx context.Context, i job.Instance) error {
+// restartDirectory restarts the server of an instance that is known by its data directory; see restart.
+func (g *local) restartDirectory(ctx context.Context, i job.Instance, rescue func() error) error {
 	clusters, err := g.clusters(ctx)
 	if err != nil {
 		return &SettingsError{Instance: i.Name, Err: err}
@@ -441,7 +502,7 @@ func (g *local) restartDirectory(ctx context.Context, i job.Instance) error {
 		if same, err := sameDirectory(c.DataDirectory, i.DataDirectory); err != nil || !same || !c.Running {
 			continue
 		}
-		if err := g.restart(ctx, c); err != nil {
+		if err := g.restart(ctx, c, rescue); err != nil {
 			return &SettingsError{Instance: i.Name, Err: err, Remedy: restartCommand(c) + "  # archive_mode is off after it; until then, PostgreSQL keeps all WAL"}
 		}
 	}
@@ -506,12 +567,11 @@ func startsMinimal(ctx context.Context, conn *pgx.Conn, dataDirectory string) bo
 		return false
 	}
 	for name, s := range settings {
-		value := s.Value
-		if s.PendingRestart {
-			value = fileSetting(ctx, conn, dataDirectory, name)
-		}
-		if value != "0" && value != "off" {
-			return false
+		// What the files say counts at the start, also of what the server has not been told of yet.
+		for _, value := range []string{s.Value, cmp.Or(fileSetting(ctx, conn, dataDirectory, name), s.Value)} {
+			if value != "0" && value != archiveModeOff {
+				return false
+			}
 		}
 	}
 	return true
@@ -576,7 +636,7 @@ func editAutoConf(dataDirectory string, lines []confLine, change map[string]*str
 
 // psql is a command that a person can paste.
 func psql(i job.Instance, sql string) string {
-	return fmt.Sprintf("sudo -u %s psql -h %s -p %d -d postgres -c %s", i.Owner, i.SocketDirectory, i.Port, shellQuote(sql))
+	return statements(cluster{Instance: Instance{Instance: i}}, sql)
 }
 
 func shellQuote(s string) string {

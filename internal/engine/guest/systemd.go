@@ -181,12 +181,8 @@ func (u *unit) install(ctx context.Context) (changed bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	if u.masked(p) != "" || len(u.dropIns(p)) > 0 {
-		// It unmasks, and removes the unit's own drop-ins; a unit file of ours stays.
-		if err := systemctl(ctx, "revert", u.name()); err != nil {
-			return false, err
-		}
-		changed = true
+	if changed, err = u.revert(ctx, p); err != nil {
+		return false, err
 	}
 	written, err := writeFile(u.file(), u.content, 0o644, account{})
 	if err != nil {
@@ -217,15 +213,35 @@ func (u *unit) properties(ctx context.Context) (map[string]string, error) {
 	return p, nil
 }
 
-// masked says how the unit is masked; "" if it is not.
+// masked says how the unit is masked; "" if it is not. A mask below /run has no effect while there is a unit file below
+// /etc, and is somebody's wish all the same.
 func (u *unit) masked(p map[string]string) string {
-	if target, err := os.Readlink(u.file()); err == nil && target == os.DevNull {
-		return u.file() + " is a link to " + os.DevNull
+	for _, path := range []string{u.file(), u.runtimeFile()} {
+		if target, err := os.Readlink(path); err == nil && target == os.DevNull {
+			return path + " is a link to " + os.DevNull
+		}
 	}
 	if p["LoadState"] == "masked" {
 		return "unit " + u.name() + " is masked"
 	}
 	return ""
+}
+
+func (u *unit) runtimeFile() string { return filepath.Join("/run/systemd/system", u.name()) }
+
+// revert takes away what was put over the unit: masks, and drop-ins of its own.
+func (u *unit) revert(ctx context.Context, p map[string]string) (changed bool, err error) {
+	if u.masked(p) == "" && len(u.dropIns(p)) == 0 {
+		return false, nil
+	}
+	if err := systemctl(ctx, "revert", u.name()); err != nil { // a unit file of ours stays
+		return false, err
+	}
+	// It overlooks a mask that has no effect.
+	if err := os.Remove(u.runtimeFile()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return false, err
+	}
+	return true, nil
 }
 
 // dropIns are the files that change this unit alone.
@@ -294,10 +310,8 @@ func (u *unit) remove(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if len(u.dropIns(p)) > 0 || u.masked(p) != "" {
-		if err := systemctl(ctx, "revert", u.name()); err != nil {
-			return err
-		}
+	if _, err := u.revert(ctx, p); err != nil {
+		return err
 	}
 	removed := false
 	for _, path := range []string{u.wantsLink(), u.file()} {
