@@ -132,14 +132,26 @@ func (e *examination) altered(c cluster) []string {
 		return nil
 	}
 	names := []string{archiveCommand}
-	if r, err := e.g.readRemembered(e.job.Name, c.Name); err == nil && r != nil {
-		for _, name := range []string{archiveMode, walLevel} {
-			if r.Settings[name].Ours != "" {
-				names = append(names, name)
-			}
+	r, err := e.g.recall(e.job.Name, c.Instance.Instance)
+	if err != nil || r == nil {
+		return names
+	}
+	for _, name := range []string{archiveMode, walLevel} {
+		if r.Settings[name].Ours != "" {
+			names = append(names, name)
 		}
 	}
+	if e.takesLibraryBack(c) {
+		names = append(names, archiveLibrary)
+	}
 	return names
+}
+
+// takesLibraryBack tells whether Apply undoes an archive_library, because it came after us. One that stands in a
+// configuration file is for whoever wrote it there to take out.
+func (e *examination) takesLibraryBack(c cluster) bool {
+	auto, err := readAutoConf(c.DataDirectory)
+	return err == nil && alteredLibrary(auto) != "" && e.manages(c) && e.g.configured(e.job.Name, c.Instance.Instance)
 }
 
 // manages tells whether pgark changes a cluster's settings. Of a job that is deployed, what it remembers of them tells.

@@ -146,31 +146,36 @@ func (g *local) clusters(ctx context.Context) ([]cluster, error) {
 		return nil, err
 	}
 	names := map[string]string{} // by data directory
+	var gone []job.Instance      // that a job knows in a data directory which is not there
 	byDirectory := map[string]*cluster{}
-	add := func(c cluster) {
+	add := func(c cluster) (there bool) {
 		if dir, err := filepath.EvalSymlinks(c.DataDirectory); err == nil {
 			c.DataDirectory = dir
 		}
 		if _, err := os.Stat(filepath.Join(c.DataDirectory, "PG_VERSION")); err != nil {
-			return // declared, and not made yet or gone
+			return errors.Is(err, fs.ErrPermission) // else declared, and not made yet or gone
 		}
 		known, ok := byDirectory[c.DataDirectory]
 		if !ok {
 			byDirectory[c.DataDirectory] = &c
-			return
+			return true
 		}
 		known.debian = cmp.Or(known.debian, c.debian)
 		known.configFile = cmp.Or(known.configFile, c.configFile)
 		known.Service = cmp.Or(known.Service, c.Service)
+		return true
 	}
 	for _, j := range jobs {
 		for _, i := range j.Protected {
 			if dir, err := filepath.EvalSymlinks(i.DataDirectory); err == nil {
 				i.DataDirectory = dir
 			}
-			names[i.DataDirectory] = i.Name
 			i.DatabaseUser = cmp.Or(j.DatabaseUser, i.DatabaseUser)
-			add(cluster{Instance: Instance{Instance: i}})
+			if add(cluster{Instance: Instance{Instance: i}}) {
+				names[i.DataDirectory] = i.Name
+			} else {
+				gone = append(gone, i)
+			}
 		}
 	}
 	for _, c := range g.debianClusters() {
@@ -215,6 +220,7 @@ func (g *local) clusters(ctx context.Context) ([]cluster, error) {
 		}
 		out = append(out, *c)
 	}
+	followMoved(out, gone)
 	nameClusters(out, names)
 	slices.SortFunc(out, func(a, b cluster) int { return cmp.Compare(a.Name, b.Name) })
 	if ctx.Err() != nil {
@@ -401,6 +407,9 @@ func nameClusters(clusters []cluster, known map[string]string) {
 	for _, name := range known {
 		taken[name] = true
 	}
+	for _, c := range clusters {
+		taken[c.Name] = true
+	}
 	// Equal names go by data directory, so that a server that stops or starts changes nobody's.
 	slices.SortFunc(clusters, func(a, b cluster) int { return cmp.Compare(a.DataDirectory, b.DataDirectory) })
 	for i := range clusters {
@@ -408,20 +417,54 @@ func nameClusters(clusters []cluster, known map[string]string) {
 		if c.Name != "" {
 			continue
 		}
-		suffix := strconv.Itoa(c.Port)
-		if full := cmp.Or(c.debian, c.clusterName); full != "" {
-			suffix = notInName.ReplaceAllString(full[strings.LastIndex(full, "/")+1:], "_")
-			suffix = cmp.Or(suffix[:min(len(suffix), 48)], strconv.Itoa(c.Port))
-		}
-		name := fmt.Sprintf("%d-%s", c.Version, suffix)
+		natural := c.naturalName()
+		name := natural
 		if taken[name] {
-			name = fmt.Sprintf("%s-%d", name, c.Port)
+			name = fmt.Sprintf("%s-%d", natural, c.Port)
 		}
 		for n := 2; taken[name]; n++ {
-			name = fmt.Sprintf("%d-%s-%d-%d", c.Version, suffix, c.Port, n)
+			name = fmt.Sprintf("%s-%d-%d", natural, c.Port, n)
 		}
 		taken[name] = true
 		c.Name = name
+	}
+}
+
+// naturalName is the name that an instance has if no other has it.
+func (c *cluster) naturalName() string {
+	suffix := strconv.Itoa(c.Port)
+	if full := cmp.Or(c.debian, c.clusterName); full != "" {
+		suffix = notInName.ReplaceAllString(full[strings.LastIndex(full, "/")+1:], "_")
+		suffix = cmp.Or(suffix[:min(len(suffix), 48)], strconv.Itoa(c.Port))
+	}
+	return fmt.Sprintf("%d-%s", c.Version, suffix)
+}
+
+// followMoved names clusters as a job knows them from where they were before: the system identifier tells. Of several
+// copies of one cluster it is the one that would have the name anyway, or has the port.
+func followMoved(clusters []cluster, gone []job.Instance) {
+	for _, before := range gone {
+		var found *cluster
+		best := 0
+		for n := range clusters {
+			c := &clusters[n]
+			if c.Name != "" || c.SystemID == 0 || c.SystemID != before.SystemID {
+				continue
+			}
+			rank := 1
+			if c.naturalName() == before.Name {
+				rank += 2
+			}
+			if c.Port == before.Port {
+				rank++
+			}
+			if rank > best {
+				found, best = c, rank
+			}
+		}
+		if found != nil {
+			found.Name = before.Name
+		}
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/postgres"
 )
 
 func TestParseConf(t *testing.T) {
@@ -89,6 +90,30 @@ func TestNameClusters(t *testing.T) {
 			t.Errorf("%s: %q is not usable", c.DataDirectory, c.Name)
 		}
 		seen[c.Name] = true
+	}
+}
+
+func TestFollowMoved(t *testing.T) {
+	made := func(dir string, id postgres.SystemID, port int, debian string) cluster {
+		c := cluster{debian: debian}
+		c.DataDirectory, c.SystemID, c.Version, c.Port = dir, id, 15, port
+		return c
+	}
+	clusters := []cluster{
+		made("/named", 1, 5432, ""), made("/copy", 1, 5433, ""), made("/moved", 1, 5434, "15/main"),
+		made("/port", 2, 5440, ""), made("/other", 2, 5441, ""), made("/new", 3, 5450, "15/gone"), made("/unread", 0, 5460, ""),
+	}
+	clusters[0].Name = "15-named"
+	gone := []job.Instance{
+		{Name: "15-main", SystemID: 1, Port: 5433}, {Name: "15-second", SystemID: 2, Port: 5440},
+		{Name: "15-gone", SystemID: 4, Port: 5450}, {Name: "15-none"},
+	}
+	followMoved(clusters, gone)
+	expected := map[string]string{"/named": "15-named", "/moved": "15-main", "/port": "15-second"}
+	for _, c := range clusters {
+		if c.Name != expected[c.DataDirectory] {
+			t.Errorf("%s: found %q, expected %q", c.DataDirectory, c.Name, expected[c.DataDirectory])
+		}
 	}
 }
 
