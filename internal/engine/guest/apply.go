@@ -450,11 +450,9 @@ func (g *local) makeRunnerDirectories(name, instance string, owner account) erro
 // configure makes PostgreSQL hand its WAL to the runner.
 func (a *application) configure(ctx context.Context, i job.Instance) error {
 	restart := a.exam.servers[i.Name].restartSettings() // the checks have made sure that we may
-	if err := a.g.takeSettings(ctx, a.job.Name, i, a.owner[i.Name], a.d.Settings.ExistingArchiveCommand, restart); err != nil {
+	restarts, err := a.g.takeSettings(ctx, a.job.Name, i, a.owner[i.Name], a.d.Settings.ExistingArchiveCommand, restart)
+	if err != nil || !restarts {
 		return err
-	}
-	if len(restart) == 0 {
-		return nil
 	}
 	if c := a.cluster(i.Name); c != nil {
 		return a.g.restart(ctx, *c, nil)

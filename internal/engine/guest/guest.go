@@ -148,7 +148,7 @@ type State struct {
 const (
 	RunnerRunning  = "running"  // it answers, and is kept alive as it was set up
 	RunnerStopped  = "stopped"  // it should run, and does not
-	RunnerMissing  = "missing"  // there is none
+	RunnerMissing  = "missing"  // what keeps it alive is not there
 	RunnerSilent   = "silent"   // its process runs, and does not answer at its socket
 	RunnerOutdated = "outdated" // it runs another binary than the one that is installed
 	RunnerMasked   = "masked"   // its unit is masked
@@ -165,7 +165,8 @@ type InstanceState struct {
 	Settings map[string]string // archive_mode, archive_command, archive_library, wal_level, full_page_writes
 	// Wanted is what archive_command has to be: ours, and behind it the one that was there where that is chained.
 	Wanted string
-	// Pending names settings, of those above, that will be others after the next restart, with their values then.
+	// Pending names settings, of those above, that do now and will end archiving with the next restart, with their values
+	// then. Where those may not be read (pg_file_settings is for superusers) it is empty.
 	Pending  map[string]string
 	SystemID postgres.SystemID
 }

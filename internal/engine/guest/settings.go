@@ -151,20 +151,29 @@ func (g *local) deployedCommand(name, instance string) string {
 
 // takeSettings makes archive_command what the policy wants, and the settings in restart those values, after remembering
 // what was there. It changes nothing that is as wanted, and undoes what somebody has prepared for the next restart that
-// would end archiving.
-func (g *local) takeSettings(ctx context.Context, name string, i job.Instance, owner account, policy string, restart map[string]string) error {
+// would end archiving. restarts tells whether a restart has to follow.
+func (g *local) takeSettings(
+	ctx context.Context, name string, i job.Instance, owner account, policy string, restart map[string]string,
+) (restarts bool, err error) {
 	conn, err := connect(ctx, i)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer closeNow(conn)
+	// The checks were made before the guest was locked: somebody may have restarted the server since, to the same end.
+	settings, err := postgres.ReadSettings(ctx, conn, archiveMode, walLevel)
+	if err != nil {
+		return false, err
+	}
+	restart = maps.Clone(restart)
+	maps.DeleteFunc(restart, func(setting, value string) bool { return settings[setting].Value == value })
 	r, err := g.recall(name, i)
 	if err != nil {
-		return err
+		return false, err
 	}
 	content, err := os.ReadFile(autoConf(i.DataDirectory))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
+		return false, err
 	}
 	auto := parseConf(string(content))
 	var there before
@@ -184,11 +193,11 @@ func (g *local) takeSettings(ctx context.Context, name string, i job.Instance, o
 	r.Instance = i
 	current, err := readArchiveCommand(ctx, conn)
 	if err != nil {
-		return err
+		return false, err
 	}
 	command, old, err := g.wantedCommand(name, i.Name, policy, current, r)
 	if err != nil {
-		return fmt.Errorf("archive_command of %s cannot be chained: %w", i.Name, err)
+		return false, fmt.Errorf("archive_command of %s cannot be chained: %w", i.Name, err)
 	}
 	foreign := !isNoCommand(current) && g.jobOfCommand(current) != name
 	r.noteCommand(there, command, old, foreign && policy == commandChain)
@@ -207,7 +216,7 @@ func (g *local) takeSettings(ctx context.Context, name string, i job.Instance, o
 		}
 	}
 	if err := g.remember(name, i.Name, r, owner); err != nil {
-		return err
+		return false, err
 	}
 
 	changed := false
@@ -216,29 +225,29 @@ func (g *local) takeSettings(ctx context.Context, name string, i job.Instance, o
 			continue
 		}
 		if err := postgres.AlterSystem(ctx, conn, setting, value); err != nil {
-			return err
+			return false, err
 		}
 		changed = true
 	}
 	if changed || current != command {
 		if err := postgres.Reload(ctx, conn); err != nil {
-			return err
+			return false, err
 		}
 		if current, err = readArchiveCommand(ctx, conn); err != nil {
-			return err
+			return false, err
 		}
 	}
 	if current != command {
-		return fmt.Errorf("archive_command of %s is not ours after the reload: something comes before %s; look for it in pg_settings.sourcefile and pg_file_settings",
+		return false, fmt.Errorf("archive_command of %s is not ours after the reload: something comes before %s; look for it in pg_settings.sourcefile and pg_file_settings",
 			i.Name, autoConf(i.DataDirectory))
 	}
 	if err := takeLibraryBack(ctx, conn, i, auto); err != nil {
-		return err
+		return false, err
 	}
 	if len(restart) > 0 {
-		return nil // a restart follows
+		return true, nil // with which nothing is pending any more
 	}
-	return g.undoPending(ctx, conn, name, i, owner, r)
+	return false, g.undoPending(ctx, conn, name, i, owner, r)
 }
 
 // alteredLibrary is the archive_library that ALTER SYSTEM has set; "" for none. The checks let only one that came after
