@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -20,39 +21,59 @@ import (
 	"github.com/pgark/terraform-provider-pgark/test/guests"
 )
 
-// runnerWith builds the runner with one of its source files changed: other versions of it, or broken ones, without a hook
-// for that in the product.
-func (w *world) runnerWith(file, old, replacement string) []byte {
+// previousRunner is the runner of one commit ago. Without a history, or where that commit does not build, which is not this
+// one's fault, this source stands in for it. Its version is another one in any case, so that the binary differs.
+func (w *world) previousRunner() []byte {
 	w.Helper()
-	path, err := filepath.Abs(filepath.Join("..", "..", file))
-	if err != nil {
-		w.Fatal(err)
-	}
-	source, err := os.ReadFile(path)
-	if err != nil {
-		w.Fatal(err)
-	}
-	if !bytes.Contains(source, []byte(old)) {
-		w.Fatalf("found no %q in %s", old, file)
-	}
+	const file, old, replacement = "runner/main.go", `const version = "0.1.0"`, `const version = "0.0.9"`
 	dir := w.TempDir()
-	changed := filepath.Join(dir, "changed.go")
-	if err := os.WriteFile(changed, bytes.Replace(source, []byte(old), []byte(replacement), 1), 0o644); err != nil {
-		w.Fatal(err)
+	cmd := exec.CommandContext(w.Context(), "sh", "-c", `git archive --output "$0/source.tar" HEAD~1 && tar -x -f "$0/source.tar" -C "$0"`, dir)
+	cmd.Dir = sourceTree
+	if out, err := cmd.CombinedOutput(); err != nil {
+		w.Logf("no previous commit: %v: %s", err, out)
+	} else if b, err := w.runnerWith(dir, file, old, replacement); err != nil {
+		w.Logf("the previous commit: %v", err)
+	} else {
+		return b
 	}
-	out := filepath.Join(dir, "pgark")
-	cmd := exec.CommandContext(w.Context(), "go", "build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w -buildid=",
-		"-overlay", w.overlay(map[string]string{path: changed}), "-o", out, "./runner")
-	cmd.Dir = filepath.Join("..", "..")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if text, err := cmd.CombinedOutput(); err != nil {
-		w.Fatalf("build the runner: %v\n%s", err, text)
-	}
-	b, err := os.ReadFile(out)
+	b, err := w.runnerWith(sourceTree, file, old, replacement)
 	if err != nil {
 		w.Fatal(err)
 	}
 	return b
+}
+
+var sourceTree = filepath.Join("..", "..")
+
+// runnerWith builds the runner of a source tree with one of its files changed: other versions of it, or broken ones,
+// without a hook for that in the product.
+func (w *world) runnerWith(tree, file, old, replacement string) ([]byte, error) {
+	w.Helper()
+	path, err := filepath.Abs(filepath.Join(tree, file))
+	if err != nil {
+		return nil, err
+	}
+	source, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	if !bytes.Contains(source, []byte(old)) {
+		return nil, fmt.Errorf("found no %q in %s", old, file)
+	}
+	dir := w.TempDir()
+	changed := filepath.Join(dir, "changed.go")
+	if err := os.WriteFile(changed, bytes.Replace(source, []byte(old), []byte(replacement), 1), 0o644); err != nil {
+		return nil, err
+	}
+	out := filepath.Join(dir, "pgark")
+	cmd := exec.CommandContext(w.Context(), "go", "build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w -buildid=",
+		"-overlay", w.overlay(map[string]string{path: changed}), "-o", out, "./runner")
+	cmd.Dir = tree
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if text, err := cmd.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("build the runner: %w\n%s", err, text)
+	}
+	return os.ReadFile(out)
 }
 
 // overlay writes the file that go build -overlay takes.
@@ -84,7 +105,7 @@ func (w *world) providerWith(runner []byte) []byte {
 	if err := os.WriteFile(file, packed.Bytes(), 0o644); err != nil {
 		w.Fatal(err)
 	}
-	embedded, err := filepath.Abs(filepath.Join("..", "..", "internal/provider/runnerdist/dist/pgark_linux_"+runtime.GOARCH+".gz"))
+	embedded, err := filepath.Abs(filepath.Join(sourceTree, "internal/provider/runnerdist/dist/pgark_linux_"+runtime.GOARCH+".gz"))
 	if err != nil {
 		w.Fatal(err)
 	}
@@ -139,8 +160,11 @@ func TestUpgrade(t *testing.T) {
 	g := w.net.Boot(guests.Options{})
 	const unit = "pgark@orders-15-main.service"
 
-	older := w.runnerWith("runner/main.go", `const version = "0.1.0"`, `const version = "0.0.9"`)
-	broken := w.runnerWith("runner/run.go", "layout := job.FindLayout()", `return errors.New("this runner does not start")`+"\nlayout := job.FindLayout()")
+	older := w.previousRunner()
+	broken, err := w.runnerWith(sourceTree, "runner/run.go", "layout := job.FindLayout()", `return errors.New("this runner does not start")`+"\nlayout := job.FindLayout()")
+	if err != nil {
+		t.Fatal(err)
+	}
 	w.install(w.providerWith(older))
 	w.configure("", job("orders", g, `guest_settings = { restart = "allow" }`))
 	w.apply()

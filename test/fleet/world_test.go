@@ -48,7 +48,7 @@ func buildProvider(overlay string) ([]byte, error) {
 		args = append(args, "-overlay", overlay)
 	}
 	cmd := exec.CommandContext(context.Background(), "go", append(args, ".")...)
-	cmd.Dir = filepath.Join("..", "..")
+	cmd.Dir = sourceTree
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("build the provider: %w\n%s", err, out)
