@@ -5,6 +5,7 @@ package guest
 import (
 	"context"
 	"errors"
+	"io/fs"
 	"slices"
 	"sync"
 
@@ -62,7 +63,8 @@ func (g *local) examine(ctx context.Context, r CheckRequest) (*examination, erro
 		servers: map[string]*inspected{}, refused: map[string]error{},
 	}
 	all, err := g.clusters(ctx)
-	if err != nil {
+	var hidden *hiddenError
+	if err != nil && !errors.As(err, &hidden) {
 		return nil, err
 	}
 	for _, c := range all {
@@ -88,7 +90,12 @@ func (g *local) examine(ctx context.Context, r CheckRequest) (*examination, erro
 	e.securityModule()
 	e.clock(found)
 	e.repository(found)
-	if len(e.clusters) == 0 {
+	switch {
+	case hidden != nil:
+		e.add(Check{
+			Name: "privileges", Status: Fail, Found: hidden.Error(), Expected: "to deploy as root, or as the owner of the instances", Remedy: hidden.remedy,
+		})
+	case len(e.clusters) == 0:
 		e.noInstance(all)
 	}
 	runners, err := e.runnerStates(ctx)
@@ -209,7 +216,7 @@ func (e *examination) runnerStates(ctx context.Context) (map[string]InstanceStat
 		return nil, nil
 	}
 	s, err := e.g.State(ctx, e.job.Name)
-	if errors.Is(err, ErrNoJob) {
+	if errors.Is(err, ErrNoJob) || errors.Is(err, fs.ErrPermission) { // the check of privileges says the latter
 		return nil, nil
 	}
 	if err != nil {

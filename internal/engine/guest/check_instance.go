@@ -104,6 +104,9 @@ func (e *examination) running(cl cluster, err error) Check {
 	case errors.As(err, &other):
 		c.Status, c.Found = Fail, err.Error()
 		c.Remedy = "# another cluster has taken the port: give one of them another, and restart this one\n" + restartCommand(cl)
+	case isStarting(err) && cl.status == "standby": // as the postmaster says when it is up and lets nobody in
+		c.Status, c.Found = Fail, "a replica with hot_standby = off, which lets nobody in"
+		c.Remedy = "echo 'hot_standby = on' | " + sudo() + "tee -a " + word(cl.configFile) + " && " + restartCommand(cl)
 	case isStarting(err):
 		c.Status, c.Found = Fail, err.Error()
 		c.Remedy = "wait until it has started, or see in its log why it does not"
@@ -112,6 +115,12 @@ func (e *examination) running(cl cluster, err error) Check {
 		c.Remedy = "# its socket is gone; a restart makes it anew\n" + restartCommand(cl)
 	}
 	return c
+}
+
+// isReplica tells whether a cluster is a replica, or would be one if it ran.
+func (c cluster) isReplica() bool {
+	_, err := os.Stat(filepath.Join(c.DataDirectory, "standby.signal"))
+	return err == nil
 }
 
 // isStarting tells whether a server refused because it starts, recovers or stops (SQLSTATE 57P03).

@@ -64,7 +64,7 @@ func (e *examination) judgePlace(dir, lib string) (found, remedy string) {
 		return "", "" // deployed: the owner of an instance, who may look, need not write
 	}
 	if err := unix.Access(dir, unix.W_OK|unix.X_OK); err != nil {
-		return dir + " is not writable for the user that deploys pgark", e.becomeRoot()
+		return dir + " is not writable for the user that deploys pgark", e.g.becomeRoot()
 	}
 	if free := int64(st.Bavail) * st.Bsize; free < roomForRunners {
 		return fmt.Sprintf("%s has %s free, expected %s", dir, bytesText(free), bytesText(roomForRunners)), fullRemedy(dir)
@@ -77,20 +77,20 @@ func fullRemedy(dir string) string {
 	return "# free space there; this shows what takes it:\n" + sudo() + "du -xh $(findmnt -no TARGET -T " + word(dir) + ") | sort -h | tail -n 20"
 }
 
+// ourName is the user that we are, by number where it has no name.
+func ourName() string {
+	if u, err := user.LookupId(strconv.Itoa(os.Geteuid())); err == nil {
+		return u.Username
+	}
+	return strconv.Itoa(os.Geteuid())
+}
+
 // becomeRoot says how the user who deploys gets the right to.
-func (e *examination) becomeRoot() string {
-	name := strconv.Itoa(os.Geteuid())
-	if u, err := user.Current(); err == nil {
-		name = u.Username
-	}
-	lib := e.g.layout.LibDirectory()
-	lines := []string{
-		name + " ALL=(root) NOPASSWD: /usr/bin/install -D -m 0755 /dev/stdin " + lib + "/incoming/pgark",
-		name + " ALL=(root) NOPASSWD: " + lib + "/*/pgark guest",
-	}
+func (g *local) becomeRoot() string {
+	name := ourName()
 	return "# over SSH: log in as root, or let " + name + " use sudo (provider: ssh = { sudo = \"auto\" }) with these lines, written by root:\n" +
-		"printf '%s\\n' '" + lines[0] + "' '" + lines[1] + "' | install -m 0440 /dev/stdin /etc/sudoers.d/pgark\n" +
-		"# on this machine itself (connection type \"local\"): run terraform, or pgark, as root"
+		SudoersRemedy(name, g.layout) +
+		"\n# on this machine itself (connection type \"local\"): run terraform, or pgark, as root"
 }
 
 func (e *examination) temporaryFolder() {

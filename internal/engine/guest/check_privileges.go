@@ -4,7 +4,6 @@ package guest
 
 import (
 	"errors"
-	"fmt"
 	"os"
 	"strings"
 
@@ -21,7 +20,7 @@ func (e *examination) privileges(cl cluster, s *inspected, err error) Check {
 	if uid := os.Geteuid(); uid != 0 {
 		if o, err := lookupAccount(cl.Owner); err != nil || o.uid != uid {
 			c.Expected = "to deploy as root, or as " + cl.Owner + ", the owner of the instance"
-			return fail(fmt.Sprintf("deploying as user %d", uid), e.becomeRoot())
+			return fail("deploying as user "+ourName(), e.g.becomeRoot())
 		}
 	}
 	var denied *privilegesError
@@ -61,7 +60,7 @@ func (e *examination) grants(cl cluster, missing []postgres.MissingPrivilege) st
 	}
 	var lines []string
 	if len(sql) > 0 {
-		if cl.status == "standby" {
+		if cl.isReplica() {
 			lines = append(lines, "# on its primary, whose roles and grants a replica has:")
 		}
 		lines = append(lines, statements(cl, sql...))
@@ -105,7 +104,7 @@ func (e *examination) makeRole(cl cluster) string {
 		alter = []string{archiveCommand, archiveMode, walLevel}
 	}
 	sql := append(postgres.CreateRole(cl.DatabaseUser), postgres.Grants(cl.Version, cl.DatabaseUser, alter...)...)
-	if cl.status == "standby" {
+	if cl.isReplica() {
 		return "# on its primary, whose roles and grants a replica has:\n" + statements(cl, sql...)
 	}
 	return statements(cl, sql...)
@@ -127,7 +126,7 @@ func (e *examination) admit(cl cluster) string {
 	commands = append([]string{first}, commands...)
 	commands = append(commands, reload(cl))
 	remedy := strings.Join(commands, " && ")
-	if role == cl.Owner || cl.status == "standby" {
+	if role == cl.Owner || cl.isReplica() {
 		return remedy
 	}
 	return remedy + "\n# and, if the role is not there yet:\n" + e.makeRole(cl)

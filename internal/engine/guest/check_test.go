@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/pgark/terraform-provider-pgark/internal/engine/guest"
@@ -250,6 +251,49 @@ func TestCheck_versionAndRunning(t *testing.T) {
 		t.Errorf("found %+v", k)
 	}
 	must(t, os.RemoveAll(filepath.Join(w.layout.Root, "etc")))
+}
+
+// A replica that lets nobody in, and a server whose socket is gone.
+func TestCheck_letsNobodyIn(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	c := cluster(t, pgtest.Options{Settings: map[string]string{"hot_standby": "off"}})
+	adopt(t, c)
+	c.Stop(pgtest.Fast)
+	must(t, os.WriteFile(filepath.Join(c.DataDir, "standby.signal"), nil, 0o600))
+	pgtest.Chown(t, filepath.Join(c.DataDir, "standby.signal"))
+	c.Launch()
+	w.eventually(func() bool {
+		return strings.Contains(w.check(w.job(c)).find(t, "postgresql_running").Found, "hot_standby = off")
+	})
+	w.mend(w.job(c), "postgresql_running")
+	must(t, os.Remove(filepath.Join(c.SocketDir, ".s.PGSQL."+strconv.Itoa(c.Port))))
+	w.mend(w.job(c), "postgresql_running")
+}
+
+// Somebody who is neither root nor the owner is told how to become the one or the other.
+func TestCheck_anotherUser(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		t.Log("not root: the other user is the one who asks")
+	}
+	w := newWorld(t)
+	c := cluster(t, pgtest.Options{})
+	w.apply(w.job(c))
+	cmd := exec.CommandContext(w.ctx, w.layout.BinaryLink(), "check", "--job", jobName)
+	if os.Geteuid() == 0 {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	}
+	cmd.Dir, cmd.Env = "/", []string{"PATH=" + os.Getenv("PATH")}
+	out, err := cmd.CombinedOutput()
+	if os.Geteuid() != 0 {
+		must(t, err)
+		return
+	}
+	if err == nil || strings.Contains(string(out), "postgresql_running") || !strings.Contains(string(out), "nobody ALL=(root) NOPASSWD: /usr/bin/install -D -m 0755 /dev/stdin "+w.layout.LibDirectory()+"/incoming/pgark") ||
+		!strings.Contains(string(out), "user nobody may not look into "+c.DataDir) {
+		t.Errorf("found %v\n%s", err, out)
+	}
 }
 
 func TestCheck_role(t *testing.T) {

@@ -147,13 +147,17 @@ func (g *local) clusters(ctx context.Context) ([]cluster, error) {
 	}
 	names := map[string]string{} // by data directory
 	var gone []job.Instance      // that a job knows in a data directory which is not there
+	var hidden []string          // data directories that we may not look into
 	byDirectory := map[string]*cluster{}
 	add := func(c cluster) (there bool) {
 		if dir, err := filepath.EvalSymlinks(c.DataDirectory); err == nil {
 			c.DataDirectory = dir
 		}
 		if _, err := os.Stat(filepath.Join(c.DataDirectory, "PG_VERSION")); err != nil {
-			return errors.Is(err, fs.ErrPermission) // else declared, and not made yet or gone
+			if errors.Is(err, fs.ErrPermission) {
+				hidden = append(hidden, c.DataDirectory)
+			}
+			return false // declared, and not made yet or gone
 		}
 		known, ok := byDirectory[c.DataDirectory]
 		if !ok {
@@ -171,7 +175,7 @@ func (g *local) clusters(ctx context.Context) ([]cluster, error) {
 				i.DataDirectory = dir
 			}
 			i.DatabaseUser = cmp.Or(j.DatabaseUser, i.DatabaseUser)
-			if add(cluster{Instance: Instance{Instance: i}}) {
+			if add(cluster{Instance: Instance{Instance: i}}) || slices.Contains(hidden, i.DataDirectory) {
 				names[i.DataDirectory] = i.Name
 			} else {
 				gone = append(gone, i)
@@ -197,10 +201,11 @@ func (g *local) clusters(ctx context.Context) ([]cluster, error) {
 		}
 		add(c)
 	}
-	running, err := runningDirectories()
+	running, others, err := runningDirectories()
 	if err != nil {
 		return nil, err
 	}
+	hidden = append(hidden, others...)
 	for _, dir := range running {
 		add(cluster{Instance: Instance{Instance: job.Instance{DataDirectory: dir}}})
 	}
@@ -226,8 +231,24 @@ func (g *local) clusters(ctx context.Context) ([]cluster, error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
+	if len(out) == 0 && len(hidden) > 0 {
+		return nil, &hiddenError{directories: hidden, remedy: g.becomeRoot()} // could not look is not: there is none
+	}
 	return out, nil
 }
+
+// hiddenError says that nothing was found because we may not look where clusters are.
+type hiddenError struct {
+	directories []string
+	remedy      string
+}
+
+func (e *hiddenError) Error() string {
+	return "user " + ourName() + " may not look into " + strings.Join(e.directories, ", ")
+}
+
+// Hint gives the remedy.
+func (e *hiddenError) Hint() string { return e.remedy }
 
 func isFile(path string) bool {
 	info, err := os.Stat(path)
@@ -272,13 +293,13 @@ func (g *local) debianClusters() []cluster {
 	return out
 }
 
-// runningDirectories finds the data directories of running postmasters.
-func runningDirectories() ([]string, error) {
+// runningDirectories finds the data directories of running postmasters, and names servers of other users, whose
+// directories only root may know.
+func runningDirectories() (out, others []string, err error) {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
-		return nil, fmt.Errorf("read processes: %w", err)
+		return nil, nil, fmt.Errorf("read processes: %w", err)
 	}
-	var out []string
 	for _, e := range entries {
 		pid, err := strconv.Atoi(e.Name())
 		if err != nil {
@@ -287,6 +308,11 @@ func runningDirectories() ([]string, error) {
 		proc := filepath.Join("/proc", e.Name())
 		// After an upgrade of the package the link says "postgres (deleted)".
 		exe, err := os.Readlink(filepath.Join(proc, "exe"))
+		if errors.Is(err, fs.ErrPermission) && len(others) == 0 {
+			if name, err := os.ReadFile(filepath.Join(proc, "comm")); err == nil && strings.TrimSpace(string(name)) == "postgres" {
+				others = append(others, "the data directory of process "+e.Name())
+			}
+		}
 		if base, _, _ := strings.Cut(filepath.Base(exe), " "); err != nil || base != "postgres" && base != "postmaster" {
 			continue
 		}
@@ -310,7 +336,7 @@ func runningDirectories() ([]string, error) {
 			out = append(out, dir)
 		}
 	}
-	return out, nil
+	return out, others, nil
 }
 
 // fill reads what the data directory tells.

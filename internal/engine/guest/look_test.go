@@ -157,12 +157,12 @@ func TestWord(t *testing.T) {
 
 // Who is no root is told the lines that stand in the guide.
 func TestBecomeRoot(t *testing.T) {
-	e := &examination{g: &local{}}
+	g := &local{}
 	for _, line := range []string{
 		" ALL=(root) NOPASSWD: /usr/bin/install -D -m 0755 /dev/stdin /usr/local/lib/pgark/incoming/pgark",
 		" ALL=(root) NOPASSWD: /usr/local/lib/pgark/*/pgark guest",
 	} {
-		if remedy := e.becomeRoot(); !strings.Contains(remedy, line) {
+		if remedy := g.becomeRoot(); !strings.Contains(remedy, line) {
 			t.Errorf("found %s, expected %s in it", remedy, line)
 		}
 	}
