@@ -207,10 +207,10 @@ func (s *Server) stop() {
 	}
 	connections := s.connections(s.process.Pid)
 	_ = s.process.Kill() // it fails if it has ended, which is as good
-	<-s.exited
 	for _, pid := range connections {
 		kill(pid)
 	}
+	<-s.exited // not before: connections hold the log open, which a process is waited for with
 	s.process = nil
 }
 
