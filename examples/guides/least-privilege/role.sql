@@ -5,7 +5,5 @@ GRANT EXECUTE ON FUNCTION pg_catalog.pg_backup_start(text,boolean) TO pgark;
 GRANT EXECUTE ON FUNCTION pg_catalog.pg_backup_stop(boolean) TO pgark;
 GRANT EXECUTE ON FUNCTION pg_catalog.pg_switch_wal() TO pgark;
 GRANT EXECUTE ON FUNCTION pg_catalog.pg_create_restore_point(text) TO pgark;
-GRANT EXECUTE ON FUNCTION pg_catalog.pg_control_system() TO pgark;
-GRANT EXECUTE ON FUNCTION pg_catalog.pg_control_checkpoint() TO pgark;
 GRANT EXECUTE ON FUNCTION pg_catalog.pg_reload_conf() TO pgark;
 GRANT ALTER SYSTEM ON PARAMETER archive_command TO pgark;
