@@ -11,6 +11,7 @@ import (
 
 	"github.com/pgark/terraform-provider-pgark/internal/engine/guest"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/guest/sshlink"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/objectstore"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/repository"
 )
@@ -42,6 +43,9 @@ func withHint(err error) string {
 	if errors.As(err, &h) && h.Hint() != "" {
 		text += "\n\nHint: " + h.Hint()
 	}
+	if e, ok := errors.AsType[*sshlink.SudoError](err); ok && (e.Problem == sshlink.SudoNeedsPassword || e.Problem == sshlink.SudoNotAllowed) {
+		text += "\n\nAs root, on the host:\n  " + guest.SudoersRemedy(e.User, job.Layout{})
+	}
 	return text
 }
 
@@ -52,6 +56,9 @@ func sentence(s string) string {
 	}
 	if last := s[len(s)-1]; last != '.' && last != '\n' {
 		s += "."
+	}
+	if first, _, _ := strings.Cut(s, " "); strings.ContainsAny(first, "@/") {
+		return s // an account or a path: its letters are as they have to be
 	}
 	return strings.ToUpper(s[:1]) + s[1:]
 }
@@ -99,6 +106,12 @@ func unreachable(noun, name, host string, err error) diag.Diagnostic {
 	return diag.NewAttributeErrorDiagnostic(connectionPath(err), fmt.Sprintf("Unable to Read %s %q on %s", noun, name, host),
 		withHint(err)+"\n\nThe guest could not be asked, so nothing is concluded about what it holds, and the state is left as it was. "+
 			"To go on from what was known last: on_unreachable = \"warn\" on the provider, or -refresh=false. "+goneForGood)
+}
+
+// notImported says that there is nothing to import as long as the guest cannot be asked.
+func notImported(noun, name, host string, err error) diag.Diagnostic {
+	return diag.NewErrorDiagnostic(fmt.Sprintf("Unable to Read %s %q on %s", noun, name, host),
+		withHint(err)+"\n\nNothing was imported. An import cannot say how its host is reached: port, account, bastion and keys are those of the provider's ssh block, or of the environment (PGARK_SSH_PORT, PGARK_SSH_USER, …).")
 }
 
 // goneForGood is the way out where a guest will never answer again.

@@ -146,7 +146,7 @@ func (d *providerData) guest(name string, r reach, p patience) (*host, error) {
 		return nil, err
 	}
 	h := &host{}
-	h.remote = remote.New(remote.Options{Link: link, Root: d.world.layout().Root, Runner: func(goarch string) (remote.Runner, error) {
+	h.remote = remote.New(remote.Options{Link: link, Root: d.world.there().Root, Runner: func(goarch string) (remote.Runner, error) {
 		h.learn(goarch)
 		packed, digest, err := d.world.runner(goarch)
 		return remote.Runner{Compressed: packed, SHA256: digest}, err

@@ -155,11 +155,11 @@ func (o *operation) couldNotRead(ctx context.Context, err error, first bool, pri
 	if errors.Is(err, errSSHUnknown) && !first {
 		return
 	}
-	problem := unreachable(o.noun, o.name.ValueString(), o.host.ValueString(), err)
 	if first {
-		o.diags.Append(problem)
+		o.diags.Append(notImported(o.noun, o.name.ValueString(), o.host.ValueString(), err))
 		return
 	}
+	problem := unreachable(o.noun, o.name.ValueString(), o.host.ValueString(), err)
 	if _, wrongKey := errors.AsType[*sshlink.HostKeyError](err); !wrongKey && o.data.onUnreachable == unreachableWarn {
 		problem = asWarning(problem)
 	}

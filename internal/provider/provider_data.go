@@ -33,6 +33,7 @@ const (
 // world is what the provider stands on besides Terraform; tests put parts of their own in its place.
 type world struct {
 	layout func() job.Layout // of this machine as a guest
+	there  func() job.Layout // of guests that are reached over SSH: PGARK_ROOT moves them, too
 	// runner gives the runner for an architecture, compressed by gzip, and the SHA-256 of the binary itself; binary gives
 	// the binary.
 	runner func(goarch string) (compressed []byte, digest string, err error)
@@ -40,7 +41,7 @@ type world struct {
 }
 
 func theWorld() world {
-	return world{layout: job.FindLayout, runner: runnerdist.Compressed, binary: runnerdist.Runner}
+	return world{layout: job.FindLayout, there: job.FindLayout, runner: runnerdist.Compressed, binary: runnerdist.Runner}
 }
 
 // providerData is what one provider process knows; see the package comment. Safe for concurrent use.

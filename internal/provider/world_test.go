@@ -61,7 +61,8 @@ type accWorld struct {
 	s3      *s3test.Server
 	layout  job.Layout
 
-	changed []byte // appended to the runner: another version of it
+	here    func() job.Layout // of this machine, for those that reach it as such
+	changed []byte            // appended to the runner: another version of it
 
 	mu     sync.Mutex        // guards packed
 	packed map[string][]byte // compressed runners by digest
@@ -83,7 +84,7 @@ func newAccWorld(t *testing.T, o pgtest.Options) *accWorld {
 	if o.Settings == nil {
 		o.Settings = map[string]string{"archive_mode": "on"}
 	}
-	w := &accWorld{T: t, s3: s3test.Start(t), layout: job.Layout{Root: pgtest.Dir(t)}, packed: map[string][]byte{}}
+	w := &accWorld{T: t, s3: s3test.Start(t), layout: job.Layout{Root: pgtest.Dir(t)}, here: job.FindLayout, packed: map[string][]byte{}}
 	w.s3.CreateBucket(accBucket)
 	w.cluster = pgtest.Start(t, o)
 	t.Setenv(job.RootVariable, w.layout.Root)
@@ -129,7 +130,7 @@ func (w *accWorld) factories() map[string]func() (tfprotov6.ProviderServer, erro
 	}
 	return map[string]func() (tfprotov6.ProviderServer, error){
 		"pgark": func() (tfprotov6.ProviderServer, error) {
-			return serve(&pgarkProvider{version: "test", world: world{layout: job.FindLayout, runner: runner, binary: binary}})(), nil
+			return serve(&pgarkProvider{version: "test", world: world{layout: w.here, there: job.FindLayout, runner: runner, binary: binary}})(), nil
 		},
 	}
 }
