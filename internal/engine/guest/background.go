@@ -100,6 +100,7 @@ func (b *background) command(ctx context.Context, log *os.File) *exec.Cmd {
 	// A new session: a Ctrl-C that ends Terraform must not end it.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	runAs(cmd, b.owner)
+	cmd.Env = append(cmd.Env, "TMPDIR="+b.layout.StateDirectory(b.job, b.instance)) // never /tmp, which may be small, or no place to write to
 	if b.layout.Root != "" {
 		cmd.Env = append(cmd.Env, job.RootVariable+"="+b.layout.Root)
 	}

@@ -38,7 +38,8 @@ var _ runner = (*unit)(nil)
 //
 // Rights: what it may write to is named; everything else is read-only for it. RemoveIPC has to stay off: the user is
 // PostgreSQL's, whose shared memory systemd would remove with the runner's end. So has PrivateUsers: images record who
-// owns files. The directories of temporary files stay the machine's where something lies there that the runner needs.
+// owns files. The directories of temporary files stay the machine's where something lies there that the runner needs; its
+// own temporary files (of WAL segments too large for memory) go to its state directory, which it may write to anyway.
 var unitTemplate = template.Must(template.New("unit").Parse(`# Written by pgark for job {{.Job}}; changes are overwritten when it is applied.
 [Unit]
 Description=pgark: protects PostgreSQL instance {{.Instance}} (job {{.Job}})
@@ -64,6 +65,7 @@ TimeoutStopSec=60
 {{- if .Credentials}}
 LoadCredential={{.CredentialsName}}:{{.Credentials}}
 {{- end}}
+Environment=TMPDIR={{.State}}
 RuntimeDirectory=pgark/{{.Job}}
 RuntimeDirectoryPreserve=yes
 UMask=0077
@@ -109,13 +111,13 @@ WantedBy=multi-user.target
 func (u *unit) settle(j *job.Job, i job.Instance, c *cluster, hasCredentials bool) {
 	l := u.g.layout
 	values := struct {
-		Job, Instance, User, Binary, Credentials, CredentialsName, Service, DataDirectory string
+		Job, Instance, User, Binary, Credentials, CredentialsName, Service, DataDirectory, State string
 
 		ReadWrite  []string
 		PrivateTmp bool
 	}{
 		Job: u.job, Instance: u.instance, User: u.owner.String(), Binary: l.BinaryLink(), CredentialsName: job.CredentialsName,
-		DataDirectory: unitPath(i.DataDirectory), ReadWrite: []string{unitPath(l.StateDirectory(u.job, u.instance))},
+		DataDirectory: unitPath(i.DataDirectory), State: l.StateDirectory(u.job, u.instance), ReadWrite: []string{unitPath(l.StateDirectory(u.job, u.instance))},
 	}
 	if hasCredentials {
 		values.Credentials = l.CredentialsFile(u.job)
