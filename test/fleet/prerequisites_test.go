@@ -32,13 +32,13 @@ type finding struct {
 	check, instance string
 	says            string // a part of what was found
 
-	// inWords says that the remedy is no command, but tells a person what to change: obeyed is how he does that on the
-	// guest, and situation.after what he makes of his configuration.
+	// inWords says that the remedy is no command, but tells a person what to change: obeyed is how that is done on the
+	// guest, and situation.after what becomes of the configuration.
 	inWords bool
 	obeyed  string // a script; "" for nothing
 }
 
-// situation is a job that is in the way of prerequisites that are not met, until its remedies are followed.
+// situation is a job in whose way something is, until the remedies are followed.
 type situation struct {
 	name     string
 	instance string // that it selects
@@ -453,6 +453,7 @@ func TestPrerequisites(t *testing.T) {
 			t.Fatalf("%s: %v", s.name, err)
 		}
 	}
+	w.plan() // of jobs that are there: warnings only, an error would be in the way of destroying them, too
 	for _, s := range list {
 		result := w.check(g, s.name)
 		if result.OK {
