@@ -3,8 +3,6 @@ package provider
 import (
 	"context"
 	"fmt"
-	"maps"
-	"slices"
 	"time"
 
 	"github.com/hashicorp/terraform-plugin-framework-timetypes/timetypes"
@@ -200,8 +198,6 @@ func listOf[T any](ctx context.Context, elem attr.Type, list []T, diags *diag.Di
 	diags.Append(d...)
 	return l
 }
-
-func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
 
 // timeOf reads a time; null gives the zero time. The attribute's type has checked its form.
 func timeOf(v timetypes.RFC3339) time.Time {

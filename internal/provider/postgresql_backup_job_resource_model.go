@@ -48,14 +48,6 @@ type backupJobModel struct {
 	GuestHasCredentials types.Bool   `tfsdk:"guest_has_credentials"`
 }
 
-type connectionModel struct {
-	Type        types.String `tfsdk:"type"`
-	Port        types.Int64  `tfsdk:"port"`
-	User        types.String `tfsdk:"user"`
-	HostKey     types.String `tfsdk:"host_key"`
-	BastionHost types.String `tfsdk:"bastion_host"`
-}
-
 type instancesModel struct {
 	Include types.Set `tfsdk:"include"`
 	Exclude types.Set `tfsdk:"exclude"`

@@ -12,11 +12,20 @@
 //
 // Terraform starts a provider process for the plan and another for the apply. Each has its own providerData: where the
 // repositories of this configuration are (filled by pgark_repository, used by all that name a repository by its URL), how
-// its hosts are reached, and the prerequisite checks already made.
+// its hosts are reached, the connections to them, and the prerequisite checks already made. Nothing is connected before the
+// first call that needs it; all who reach a host in the same way share one connection.
 //
 // Both processes plan every change, and have to come to the same answer. But the process of an apply hears of what
-// changes only: a repository that stays as it is is not even planned there. So nothing that a plan decides may rest on
-// such a resource alone; backupJobResource.planRepository says how that is kept.
+// changes only: a repository or a job that stays as it is is not even planned there. So nothing that a plan decides may
+// rest on such a resource alone; backupJobResource.planRepository says how that is kept for repositories. How a host is
+// reached stands in the state of each resource on it. What a refresh saw on a guest beyond the attributes stands in the
+// private state (remembered): a plan compares with that and asks nobody.
+//
+// # Guests that cannot be read
+//
+// Read does not see the configuration, where the very thing may have been put right that keeps it from its guest: a port, an
+// account, the key of a host that was set up anew. So it leaves the state as it was and notes the failure; ModifyPlan
+// makes an error of it, unless the connection is changed by the plan (operation.couldNotRead, planUnread).
 package provider
 
 import (

@@ -1,6 +1,9 @@
 package provider
 
 import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -111,7 +114,7 @@ func (l *wire) mend(t *testing.T) {
 }
 
 func (l *wire) carry(near net.Conn) {
-	far, err := net.DialTimeout("tcp", l.to, time.Second)
+	far, err := (&net.Dialer{Timeout: time.Second}).DialContext(context.Background(), "tcp", l.to) // cut ends it
 	if err != nil {
 		near.Close()
 		return
@@ -215,10 +218,13 @@ data "pgark_prerequisites" "there" {
 			ConfigStateChecks: []statecheck.StateCheck{noSecret{"hush"}},
 			Check:             func(*terraform.State) error { return w.archiveCommandMustBe(w.ours()) },
 		},
-		resource.TestStep{ // another runner, which is not for this guest
+		resource.TestStep{ // another runner, which is not for this guest, also when the job is deployed anew
 			PreConfig:        func() { w.changed = []byte("another") },
-			Config:           w.config("", acceptNew, onPort(through.Port)+"\n runner_update = \"manual\"", retention),
-			ConfigPlanChecks: expectAction(plancheck.ResourceActionUpdate),
+			Config:           w.config("", acceptNew, onPort(through.Port)+"\n runner_update = \"manual\"\n wal = { mode = \"interval\" }", retention),
+			ConfigPlanChecks: expectAction(plancheck.ResourceActionUpdate, "config_sha256"),
+			ConfigStateChecks: []statecheck.StateCheck{
+				statecheck.ExpectKnownValue(jobAddress, tfjsonpath.New("runner_sha256"), knownvalue.StringExact(w.runnerDigest())),
+			},
 		},
 		resource.TestStep{ // and now it is
 			Config:           config,
@@ -249,6 +255,17 @@ data "pgark_prerequisites" "there" {
 	if left := w.guestFiles(); len(left) > 0 {
 		t.Errorf("destroy has left %v", left)
 	}
+}
+
+// runnerDigest is that of the runner as it is built.
+func (w *accWorld) runnerDigest() string {
+	w.Helper()
+	b, err := testRunner()
+	if err != nil {
+		w.Fatal(err)
+	}
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:])
 }
 
 func (w *accWorld) jobFileTime() time.Time {
@@ -319,6 +336,53 @@ func TestAccSSH_unreachable(t *testing.T) {
 			Config:            strings.Replace(w.config("", acceptNew, on(declares), ""), strconv.Quote(w.sshd.PrivateKey), strconv.Quote(other.PrivateKey), 1),
 			ConfigPlanChecks:  expectAction(plancheck.ResourceActionUpdate, "config_sha256"),
 			ConfigStateChecks: []statecheck.StateCheck{statecheck.ExpectKnownValue(jobAddress, tfjsonpath.New("host_key"), knownvalue.StringExact(other.HostKey))},
+		},
+	)
+}
+
+// TestAccSSH_retention reaches a retention by a connection of its own, and loses it.
+func TestAccSSH_retention(t *testing.T) {
+	w := newSSHWorld(t)
+	through := w.wire()
+	config := func(provider, connection string) string {
+		return w.config(provider, fmt.Sprintf("host_key_policy = \"accept-new\"\n port = %d", w.sshd.Port), "", fmt.Sprintf(`
+resource "pgark_wal_retention" "orders" {
+  host      = %[1]s.host
+  job       = %[1]s.name
+  keep_days = 7
+  %[2]s
+}
+`, jobAddress, connection))
+	}
+	own := fmt.Sprintf("connection = { port = %d }", through.Port)
+	w.test(
+		resource.TestStep{Config: config("", own)},
+		resource.TestStep{
+			PreConfig: through.cut, Config: config("", own), PlanOnly: true,
+			ExpectError: inOrder(`Unable to Read WAL Retention "orders" on 127.0.0.1`, fmt.Sprintf("root@%s:%d", sshHost, through.Port), "on_unreachable"),
+		},
+		resource.TestStep{Config: config(`on_unreachable = "warn"`, own), PlanOnly: true},
+		resource.TestStep{
+			Config: config("", fmt.Sprintf("connection = { port = %d }", w.sshd.Port)),
+			ConfigPlanChecks: resource.ConfigPlanChecks{PreApply: []plancheck.PlanCheck{
+				plancheck.ExpectResourceAction(retentionAddress, plancheck.ResourceActionUpdate),
+			}},
+			ConfigStateChecks: []statecheck.StateCheck{
+				statecheck.ExpectKnownValue(retentionAddress, tfjsonpath.New("host_key"), knownvalue.StringExact(w.sshd.HostKey)),
+			},
+		},
+		resource.TestStep{ // without one of its own it keeps the last, and follows the job from now on
+			PreConfig: func() { through.mend(t) },
+			Config:    config("", ""),
+			ConfigPlanChecks: resource.ConfigPlanChecks{PreApply: []plancheck.PlanCheck{
+				plancheck.ExpectResourceAction(retentionAddress, plancheck.ResourceActionUpdate),
+			}},
+		},
+		resource.TestStep{
+			Config: strings.Replace(config("", ""), "image      =", own+"\n image =", 1),
+			ConfigStateChecks: []statecheck.StateCheck{
+				statecheck.ExpectKnownValue(retentionAddress, tfjsonpath.New("connection").AtMapKey("port"), knownvalue.Int64Exact(int64(through.Port))),
+			},
 		},
 	)
 }

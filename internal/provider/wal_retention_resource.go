@@ -173,6 +173,10 @@ func (r *walRetentionResource) ModifyPlan(ctx context.Context, req resource.Modi
 		}
 	}
 	m.HostKey = planHostKey(create, m.place(), state.place())
+	if follows, d := req.Private.GetKey(ctx, followsKey); !create && config.Connection.IsNull() && string(follows) != "true" {
+		diags.Append(d...)
+		m.HostKey = types.StringUnknown() // it is to follow from now on: an update notes that
+	}
 	diags.Append(resp.Plan.SetAttribute(ctx, path.Root(connectionName), m.Connection)...)
 	diags.Append(resp.Plan.SetAttribute(ctx, path.Root("host_key"), m.HostKey)...)
 	if create {

@@ -1,8 +1,7 @@
-data "pgark_prerequisites" "here" {
-  host       = "localhost"
-  connection = { type = "local" }
+data "pgark_prerequisites" "db1" {
+  host = "db1.example.com"
 }
 
 output "to_do" {
-  value = [for c in data.pgark_prerequisites.here.checks : "${c.name}: ${c.remedy}" if c.status == "fail"]
+  value = [for c in data.pgark_prerequisites.db1.checks : "${c.name}: ${c.remedy}" if c.status == "fail"]
 }

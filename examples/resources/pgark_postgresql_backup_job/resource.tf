@@ -1,7 +1,6 @@
 resource "pgark_postgresql_backup_job" "orders" {
   name       = "orders"
-  host       = "localhost"
-  connection = { type = "local" } # the machine that Terraform runs on
+  host       = "db1.example.com" # reached over SSH, as the provider's ssh block says
   repository = pgark_repository.main.url
 
   image = {
@@ -16,6 +15,7 @@ resource "pgark_postgresql_backup_job" "orders" {
   }
 
   guest_settings = {
-    restart = "allow" # archive_mode may be switched on
+    restart                  = "allow" # archive_mode may be switched on
+    existing_archive_command = "chain" # the archiver that is there goes on, behind pgark's
   }
 }

@@ -3,7 +3,7 @@ variable "backup_secret" {
   ephemeral = true
 }
 
-# A guest with keys of its own. The secret is write-only: it is in no plan and no state.
+# The machine that Terraform runs on, with keys of its own. The secret is write-only: it is in no plan and no state.
 resource "pgark_postgresql_backup_job" "billing" {
   name       = "billing"
   host       = "localhost"

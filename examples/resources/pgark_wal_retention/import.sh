@@ -1,2 +1,2 @@
 # HOST/JOB
-terraform import pgark_wal_retention.orders localhost/orders
+terraform import pgark_wal_retention.orders db1.example.com/orders
