@@ -52,15 +52,15 @@ func (w *world) untouched(g *guests.Guest) (compare func(when string)) {
 	w.Helper()
 	look := func() (files []string, settings string) {
 		w.Helper()
-		return g.Files(), g.SQL(socketDir, 5432, "select name, setting, source from pg_settings where name like 'archive%' or name in ('wal_level') order by 1") +
+		// What the old archiver stores meanwhile is its own.
+		files = slices.DeleteFunc(g.Files(), func(f string) bool { return strings.HasPrefix(f, oldArchive+"/") })
+		return files, g.SQL(socketDir, 5432, "select name, setting, source from pg_settings where name like 'archive%' or name in ('wal_level') order by 1") +
 			g.Run("sha256sum /var/lib/postgresql/15/main/postgresql.auto.conf /etc/postgresql/15/main/*.conf; ls /etc/systemd/system /etc/systemd/system/multi-user.target.wants")
 	}
 	files, settings := look()
 	return func(when string) {
 		w.Helper()
 		files2, settings2 := look()
-		// What the old archiver has stored meanwhile is its own.
-		files2 = slices.DeleteFunc(files2, func(f string) bool { return strings.HasPrefix(f, oldArchive+"/") })
 		for _, f := range files2 {
 			if !slices.Contains(files, f) {
 				w.Errorf("%s: found, and not before: %s", when, f)
