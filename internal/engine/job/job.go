@@ -38,8 +38,8 @@ type Job struct {
 	// DatabaseUser is the role that pgark works as in every instance; "": that of the instance's owner.
 	DatabaseUser string `json:"database_user,omitempty"`
 
-	Image      Image      `json:"image"`
-	WAL        WAL        `json:"wal"`
+	Image Image `json:"image"`
+	WAL   WAL   `json:"wal"`
 
 	// WALRetention belongs to pgark_wal_retention: the job's own resource keeps it as it finds it, and Digest leaves it out.
 	WALRetention *WALRetention `json:"wal_retention,omitempty"`
