@@ -47,7 +47,7 @@ func (r *backupJobResource) ModifyPlan(ctx context.Context, req resource.ModifyP
 	}
 	if config.RepositorySettings.IsNull() {
 		m.RepositorySettings = types.ObjectUnknown(repositorySettingsTypes)
-		if !m.Repository.IsUnknown() && !r.data.unknown {
+		if !m.Repository.IsUnknown() && !r.data.s3.unknown {
 			r.planRepository(ctx, &m, known, create, diags)
 		}
 	}
@@ -67,7 +67,7 @@ func (r *backupJobResource) ModifyPlan(ctx context.Context, req resource.ModifyP
 	if diags.HasError() {
 		return
 	}
-	if req.Config.Raw.IsFullyKnown() && !m.RepositorySettings.IsUnknown() && !r.data.unknown && (!unread || renewed) {
+	if req.Config.Raw.IsFullyKnown() && !m.RepositorySettings.IsUnknown() && !r.data.s3.unknown && (!unread || renewed) {
 		r.planChecks(ctx, m, config, create, diags)
 	}
 }
@@ -259,7 +259,7 @@ func (r *backupJobResource) accessKey(ctx context.Context, m backupJobModel, dia
 	if m.credentialsSource(ctx, diags) == credentialsStatic {
 		return decode[credentialsModel](ctx, m.Credentials, diags).AccessKeyID.ValueString()
 	}
-	if r.data.unknown {
+	if r.data.s3.unknown {
 		return ""
 	}
 	keys, expires, err := r.data.keysForGuest(ctx)
@@ -284,6 +284,9 @@ func (r *backupJobResource) planChecks(ctx context.Context, m, config backupJobM
 		var unmet diag.Diagnostics
 		if err == nil {
 			unmet, err = r.check(ctx, g, m, keys, diags)
+		}
+		if errors.Is(err, errSSHUnknown) {
+			return // the apply knows it, and looks then
 		}
 		if err != nil {
 			unmet = diag.Diagnostics{notChecked(m.Host.ValueString(), err, create)}

@@ -183,16 +183,25 @@ data "pgark_prerequisites" "here" {
 	}
 }
 
-// discovered checks that the data source has found the test's cluster.
+// discovered checks that the data source has found the test's cluster, and asked it.
 func (w *accWorld) discovered(s *tfjson.State) error {
 	for _, r := range s.Values.RootModule.Resources {
 		if r.Type != "pgark_postgresql_instances" {
 			continue
 		}
-		if text := fmt.Sprint(r.AttributeValues["instances"]); strings.Contains(text, w.cluster.SystemID.String()) {
+		instances, _ := r.AttributeValues["instances"].([]any)
+		for _, i := range instances {
+			i, _ := i.(map[string]any)
+			if i["system_identifier"] != w.cluster.SystemID.String() {
+				continue
+			}
+			found := fmt.Sprintf("%v %v %v %v %v %v", i["databases"], i["extensions"], i["tablespaces"], i["followers"], i["archive_command"], i["problem"])
+			if want := "[postgres] [plpgsql] [] [] " + w.layout.BinaryLink() + " … <nil>"; found != want {
+				return fmt.Errorf("found %s, expected %s", found, want)
+			}
 			return nil
 		}
-		return fmt.Errorf("found %v", r.AttributeValues["instances"])
+		return fmt.Errorf("found %v", instances)
 	}
 	return fmt.Errorf("there is no such data source in the state")
 }

@@ -152,13 +152,8 @@ func (p *pgarkProvider) Configure(ctx context.Context, req provider.ConfigureReq
 	}
 
 	d := newProviderData(p.world)
-	// Values that come from resources not created yet are unknown during plan. That is no error: what needs them is
-	// checked when they are known, in the apply.
-	d.unknown = !req.Config.Raw.IsFullyKnown()
 	d.ssh = ssh
-	if raw, err := m.SSH.ToTerraformValue(ctx); err != nil || !raw.IsFullyKnown() {
-		d.ssh.unknown = true
-	}
+	d.ssh.unknown = !fullyKnown(ctx, m.SSH)
 	if !d.ssh.keepsKeys() {
 		resp.Diagnostics.Append(insecureHostKeys())
 	}
@@ -175,6 +170,7 @@ func (p *pgarkProvider) Configure(ctx context.Context, req provider.ConfigureReq
 			usePathStyle: s3.UsePathStyle.ValueBool(),
 		},
 		profile: s3.Profile.ValueString(),
+		unknown: !fullyKnown(ctx, m.S3),
 	}
 	if id := s3.AccessKeyID.ValueString(); id != "" {
 		d.s3.credentials = &objectstore.Credentials{
@@ -189,6 +185,13 @@ func (p *pgarkProvider) Configure(ctx context.Context, req provider.ConfigureReq
 	resp.EphemeralResourceData = d
 	resp.ActionData = d
 	resp.ListResourceData = d
+}
+
+// fullyKnown reports whether nothing of a block is unknown. Values that come from resources not created yet are unknown
+// during plan. That is no error: what needs them is looked at when they are known, in the apply.
+func fullyKnown(ctx context.Context, block types.Object) bool {
+	raw, err := block.ToTerraformValue(ctx)
+	return err == nil && raw.IsFullyKnown()
 }
 
 func firstOf(values ...string) string {

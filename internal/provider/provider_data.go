@@ -51,7 +51,6 @@ type providerData struct {
 	onUnreachable string
 	s3            s3Defaults
 	ssh           sshDefaults
-	unknown       bool // some of the provider's own configuration is not known yet
 
 	hostsMu sync.Mutex // guards hosts; key files are read under it
 	hosts   map[endpoint]*host
@@ -69,6 +68,7 @@ type s3Defaults struct {
 	location    repositorySettings
 	credentials *objectstore.Credentials
 	profile     string
+	unknown     bool // some of it is not known yet
 }
 
 // knownRepository is a pgark_repository of this configuration.

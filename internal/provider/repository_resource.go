@@ -259,7 +259,7 @@ func (r *repositoryResource) ModifyPlan(ctx context.Context, req resource.Modify
 		return
 	}
 	m.Location = types.StringUnknown()
-	known := !m.Region.IsUnknown() && !m.Endpoint.IsUnknown() && !m.UsePathStyle.IsUnknown() && !m.StorageClass.IsUnknown() && !r.data.unknown
+	known := !m.Region.IsUnknown() && !m.Endpoint.IsUnknown() && !m.UsePathStyle.IsUnknown() && !m.StorageClass.IsUnknown() && !r.data.s3.unknown
 	if known {
 		m.Location = types.StringValue(withSettings(m.URL.ValueString(), m.settings(r.data)))
 	}

@@ -16,6 +16,9 @@ import (
 	"testing"
 	"time"
 
+	tfjson "github.com/hashicorp/terraform-json"
+	"github.com/hashicorp/terraform-plugin-go/tfprotov6"
+	"github.com/hashicorp/terraform-plugin-go/tftypes"
 	"github.com/hashicorp/terraform-plugin-testing/helper/resource"
 	"github.com/hashicorp/terraform-plugin-testing/knownvalue"
 	"github.com/hashicorp/terraform-plugin-testing/plancheck"
@@ -192,6 +195,7 @@ data "pgark_prerequisites" "there" {
 				statecheck.ExpectKnownValue(retentionAddress, tfjsonpath.New("host_key"), key),
 				statecheck.ExpectKnownValue(retentionAddress, tfjsonpath.New("connection").AtMapKey("port"), knownvalue.Int64Exact(int64(through.Port))),
 				statecheck.ExpectKnownValue("data.pgark_prerequisites.there", tfjsonpath.New("ready"), knownvalue.Bool(true)),
+				stateFunc(func(s *tfjson.State) error { return w.discovered(s) }),
 			},
 		},
 		resource.TestStep{ // a known host is one that is pinned: no file is needed any more
@@ -385,4 +389,88 @@ resource "pgark_wal_retention" "orders" {
 			},
 		},
 	)
+}
+
+// TestAccSSH_unknownProvider has a provider whose ssh block comes from a resource: while that is not known nothing is
+// asked, nothing is forgotten, and nothing fails.
+func TestAccSSH_unknownProvider(t *testing.T) {
+	w := newSSHWorld(t)
+	config := func(label string) string {
+		return w.config("", fmt.Sprintf("host_key_policy = \"accept-new\"\n port = %d\n user = split(\"/\", terraform_data.machine.output)[0]", w.sshd.Port), "", fmt.Sprintf(`
+resource "terraform_data" "machine" { input = "root/%s" }
+`, label))
+	}
+	w.test(
+		resource.TestStep{Config: config("first"), ConfigPlanChecks: expectAction(plancheck.ResourceActionCreate)},
+		resource.TestStep{
+			Config:           config("second"), // its output is unknown again
+			ConfigPlanChecks: expectAction(plancheck.ResourceActionNoop),
+		},
+	)
+}
+
+// TestImportByIdentity imports as an import block with an identity does, which not every Terraform can.
+func TestImportByIdentity(t *testing.T) {
+	ctx := t.Context()
+	for name, nameAttribute := range map[string]string{"pgark_postgresql_backup_job": "name", "pgark_wal_retention": "job"} {
+		t.Run(name, func(t *testing.T) {
+			server := serve(&pgarkProvider{version: "test", world: world{
+				layout: func() job.Layout { return job.Layout{Root: t.TempDir()} },
+			}})()
+			schemas, err := server.GetProviderSchema(ctx, &tfprotov6.GetProviderSchemaRequest{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			empty := map[string]tftypes.Value{}
+			provider, _ := schemas.Provider.ValueType().(tftypes.Object)
+			for attribute, typ := range provider.AttributeTypes {
+				empty[attribute] = tftypes.NewValue(typ, nil)
+			}
+			configured, err := server.ConfigureProvider(ctx, &tfprotov6.ConfigureProviderRequest{Config: dynamic(t, provider, empty)})
+			if err != nil || len(configured.Diagnostics) > 0 {
+				t.Fatal(err, configured)
+			}
+			typ := tftypes.Object{AttributeTypes: map[string]tftypes.Type{"host": tftypes.String, nameAttribute: tftypes.String}}
+			resp, err := server.ImportResourceState(ctx, &tfprotov6.ImportResourceStateRequest{TypeName: name, Identity: &tfprotov6.ResourceIdentityData{
+				IdentityData: dynamic(t, typ, map[string]tftypes.Value{
+					"host": tftypes.NewValue(tftypes.String, "db1"), nameAttribute: tftypes.NewValue(tftypes.String, "orders"),
+				}),
+			}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, d := range resp.Diagnostics {
+				t.Errorf("%s: %s", d.Summary, d.Detail)
+			}
+			if len(resp.ImportedResources) != 1 {
+				t.Fatalf("%d resources were imported, expected one", len(resp.ImportedResources))
+			}
+			state, err := resp.ImportedResources[0].State.Unmarshal(schemas.ResourceSchemas[name].ValueType())
+			if err != nil {
+				t.Fatal(err)
+			}
+			var found map[string]tftypes.Value
+			if err := state.As(&found); err != nil {
+				t.Fatal(err)
+			}
+			for attribute, want := range map[string]string{"host": "db1", nameAttribute: "orders"} {
+				if !found[attribute].Equal(tftypes.NewValue(tftypes.String, want)) {
+					t.Errorf("%s is %s, expected %q", attribute, found[attribute], want)
+				}
+			}
+			if text := found["connection"].String(); !strings.Contains(text, `"type":tftypes.String<"ssh">`) {
+				t.Errorf("the connection is %s, expected one over SSH", text)
+			}
+		})
+	}
+}
+
+// dynamic is an object of a type on the wire.
+func dynamic(t *testing.T, typ tftypes.Type, values map[string]tftypes.Value) *tfprotov6.DynamicValue {
+	t.Helper()
+	v, err := tfprotov6.NewDynamicValue(typ, tftypes.NewValue(typ, values))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &v
 }
