@@ -5,8 +5,6 @@ package main
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -18,6 +16,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/pgark/terraform-provider-pgark/internal/engine/guest/remote"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/repository"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/restore"
 )
@@ -114,7 +113,7 @@ func newVersionCommand() *cobra.Command {
 		Short: "Say which build this is",
 		Args:  noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			sum, err := ownDigest()
+			sum, err := remote.OwnDigest()
 			if err != nil {
 				return err
 			}
@@ -129,24 +128,6 @@ func newVersionCommand() *cobra.Command {
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print one JSON document")
 	return cmd
-}
-
-// ownDigest is the runner_sha256 that Terraform shows: the hash of the running binary's file.
-func ownDigest() (string, error) {
-	path, err := os.Executable()
-	if err != nil {
-		return "", fmt.Errorf("find own binary: %w", err)
-	}
-	f, err := os.Open(path)
-	if err != nil {
-		return "", fmt.Errorf("hash own binary: %w", err)
-	}
-	defer f.Close()
-	h := sha256.New()
-	if _, err := io.Copy(h, f); err != nil {
-		return "", fmt.Errorf("hash own binary %s: %w", path, err)
-	}
-	return hex.EncodeToString(h.Sum(nil)), nil
 }
 
 // ---- errors ---------------------------------------------------------------------------------------------------------

@@ -211,22 +211,22 @@ func settingsInWords(i guest.InstanceState) []string {
 	var out []string
 	add := func(format string, values ...any) { out = append(out, fmt.Sprintf(format, values...)) }
 	command, readable := i.Settings["archive_command"]
-	ours, theirs := splitCommand(command)
-	wantedOurs, wantedTheirs := splitCommand(i.Wanted)
+	ours, theirs := guest.SplitCommand(command)
+	wantedOurs, wantedTheirs := guest.SplitCommand(i.Wanted)
 	switch {
 	case !readable || command == i.Wanted || i.Wanted == "" && ours != "":
 	case command == "":
 		add("archive_command of %s is empty: its WAL is not archived", i.Name)
 	case ours == "":
-		add("archive_command of %s is set by somebody else, to %q, expected pgark's", i.Name, programOf(command))
+		add("archive_command of %s is set by somebody else, to %q, expected pgark's", i.Name, guest.ProgramOf(command))
 	case ours != wantedOurs:
 		add("archive_command of %s hands the WAL to another pgark, expected %q", i.Name, wantedOurs)
 	case wantedTheirs == "":
-		add("archive_command of %s runs %q behind pgark's, which was not there", i.Name, programOf(theirs))
+		add("archive_command of %s runs %q behind pgark's, which was not there", i.Name, guest.ProgramOf(theirs))
 	case theirs == "":
-		add("archive_command of %s does not run %q any more, which is chained behind pgark's", i.Name, programOf(wantedTheirs))
+		add("archive_command of %s does not run %q any more, which is chained behind pgark's", i.Name, guest.ProgramOf(wantedTheirs))
 	default:
-		add("archive_command of %s runs %q behind pgark's, and the one that is chained there is %q; they differ", i.Name, programOf(theirs), programOf(wantedTheirs))
+		add("archive_command of %s runs %q behind pgark's, and the one that is chained there is %q; they differ", i.Name, guest.ProgramOf(theirs), guest.ProgramOf(wantedTheirs))
 	}
 	if library := i.Settings["archive_library"]; library != "" {
 		add("archive_library of %s is %q, which takes the place of archive_command; expected it empty", i.Name, library)
@@ -238,43 +238,6 @@ func settingsInWords(i guest.InstanceState) []string {
 		add("%s of %s will be %q after its next restart, and no WAL is archived then", name, i.Name, i.Pending[name])
 	}
 	return out
-}
-
-// chained stands between our archive_command and one that is chained behind it.
-const chained = " && ( "
-
-// splitCommand splits an archive_command into ours and what is chained behind it; both are "" for one that is not ours.
-func splitCommand(command string) (ours, theirs string) {
-	ours, theirs, _ = strings.Cut(command, chained)
-	if !strings.Contains(ours, "/pgark wal push --job ") {
-		return "", ""
-	}
-	return ours, strings.TrimSuffix(theirs, " )")
-}
-
-// programOf cuts a foreign command down to its program: its arguments may hold a password, and no secret enters a state
-// or a message.
-func programOf(command string) string {
-	program, rest, _ := strings.Cut(strings.TrimSpace(command), " ")
-	switch {
-	case strings.ContainsAny(program, "=$`'\"\\;&|<>(){}"):
-		return "…" // NAME=secret command, or something that a shell would have to read
-	case rest != "":
-		return program + " …"
-	}
-	return program
-}
-
-// commandForState is an archive_command as the state shows it: ours whole, another's program.
-func commandForState(command string) string {
-	ours, theirs := splitCommand(command)
-	switch {
-	case ours == "":
-		return programOf(command)
-	case theirs != "":
-		return ours + chained + programOf(theirs) + " )"
-	}
-	return ours
 }
 
 // changedMembers names the parts in which two jobs differ, as the job file writes them: "image.schedule". The WAL

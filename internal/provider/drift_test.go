@@ -288,7 +288,7 @@ func TestCommandForState(t *testing.T) {
 		"(cat %p | ssh hush)":                "…",
 		"/usr/bin/pgbackrest --stanza=hush ": "/usr/bin/pgbackrest …",
 	} {
-		if got := commandForState(command); got != want {
+		if got := guest.RedactCommand(command); got != want {
 			t.Errorf("%q: found %q, expected %q", command, got, want)
 		}
 	}

@@ -303,7 +303,7 @@ func (m *backupJobModel) fromState(ctx context.Context, s *guest.State, diags *d
 		for _, name := range ownedSettings {
 			if v, ok := i.Settings[name]; ok {
 				if name == "archive_command" {
-					v = commandForState(v)
+					v = guest.RedactCommand(v)
 				}
 				values[name] = types.StringValue(v)
 			}

@@ -36,6 +36,43 @@ func unchain(command string) (old string) {
 	return old
 }
 
+// SplitCommand splits an archive_command into ours and what is chained behind it; both are "" for one that is not ours.
+func SplitCommand(command string) (ours, theirs string) {
+	ours, _, _ = strings.Cut(command, chainOpen)
+	if !strings.Contains(ours, "/pgark wal push --job ") {
+		return "", ""
+	}
+	return ours, unchain(command)
+}
+
+// unsaid stands for what may hold a password.
+const unsaid = "…"
+
+// ProgramOf cuts a foreign command down to its program: its arguments may hold a password, and no secret enters a state or
+// a message.
+func ProgramOf(command string) string {
+	program, rest, _ := strings.Cut(strings.TrimSpace(command), " ")
+	switch {
+	case strings.ContainsAny(program, "=$`'\"\\;&|<>(){}"):
+		return unsaid // NAME=secret command, or something that a shell would have to read
+	case rest != "":
+		return program + " " + unsaid
+	}
+	return program
+}
+
+// RedactCommand is an archive_command as anybody may see it: ours whole, another's program.
+func RedactCommand(command string) string {
+	ours, theirs := SplitCommand(command)
+	switch {
+	case ours == "":
+		return ProgramOf(command)
+	case theirs != "":
+		return ours + chainOpen + ProgramOf(theirs) + chainClose
+	}
+	return ours
+}
+
 // isNoCommand tells whether an archive_command is none. PostgreSQL shows "(disabled)" where archiving is off.
 func isNoCommand(command string) bool {
 	return strings.TrimSpace(command) == "" || command == "(disabled)"

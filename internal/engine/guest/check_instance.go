@@ -313,23 +313,11 @@ func program(command string) string {
 	if isNoCommand(command) {
 		return "empty"
 	}
-	name := programName(command)
-	if name == "" {
+	name := ProgramOf(command)
+	if name == unsaid {
 		return "set by somebody else"
 	}
 	return "set by somebody else, to " + strconv.Quote(name)
-}
-
-// programName is a command's first word, and … for the rest: that may hold a password. "" where the first word may, too.
-func programName(command string) string {
-	first, rest, _ := strings.Cut(strings.TrimSpace(command), " ")
-	if strings.Contains(first, "=") {
-		return "" // NAME=secret command
-	}
-	if rest != "" {
-		first += " …"
-	}
-	return first
 }
 
 func (e *examination) archiveLibrary(cl cluster, s *inspected) Check {

@@ -89,7 +89,7 @@ func (i *Instance) ask(ctx context.Context) error {
 	i.VersionNumber, i.Role = s.VersionNumber, role(s)
 	i.ArchiveMode, i.WALLevel, i.ArchiveLibrary = s.Setting("archive_mode"), s.Setting("wal_level"), s.Setting("archive_library")
 	if !isNoCommand(command) {
-		i.ArchiveCommand = programName(command)
+		i.ArchiveCommand = ProgramOf(command)
 	}
 	i.SizeBytes = holds.SizeBytes()
 	for _, d := range holds.Databases {

@@ -35,7 +35,7 @@ var (
 // cancels what runs, waits for that, and returns: nil when in ended. It is what `pgark guest` runs. A read of in that is
 // under way is left behind.
 func Serve(ctx context.Context, g guest.Guest, in io.Reader, out io.Writer) error {
-	sum, err := ownDigest()
+	sum, err := OwnDigest()
 	if err != nil {
 		return err
 	}
@@ -43,8 +43,8 @@ func Serve(ctx context.Context, g guest.Guest, in io.Reader, out io.Writer) erro
 	return s.run(ctx, hello{Protocol: protocol, SHA256: sum, PID: os.Getpid(), EUID: os.Geteuid()}, in, out)
 }
 
-// ownDigest is the SHA-256 of the program that runs. Its file may be gone already.
-func ownDigest() (string, error) {
+// OwnDigest is the SHA-256 of the program that runs. Its file may be gone already.
+func OwnDigest() (string, error) {
 	path := "/proc/self/exe"
 	if _, err := os.Stat(path); err != nil {
 		if path, err = os.Executable(); err != nil {
