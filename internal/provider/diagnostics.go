@@ -103,9 +103,12 @@ func indented(s string) string {
 
 // unreachable says that a guest could not be asked, and that this is not taken for absence.
 func unreachable(noun, name, host string, err error) diag.Diagnostic {
+	way := "To go on from what was known last, also where it is the connection that is to change: on_unreachable = \"warn\" on the provider, or -refresh=false. "
+	if wrong, ok := errors.AsType[*sshlink.HostKeyError](err); ok && wrong.For == "" {
+		way = "Once the key is declared in connection.host_key, an apply takes it, and looks what the guest holds. "
+	}
 	return diag.NewAttributeErrorDiagnostic(connectionPath(err), fmt.Sprintf("Unable to Read %s %q on %s", noun, name, host),
-		withHint(err)+"\n\nThe guest could not be asked, so nothing is concluded about what it holds, and the state is left as it was. "+
-			"To go on from what was known last: on_unreachable = \"warn\" on the provider, or -refresh=false. "+goneForGood)
+		withHint(err)+"\n\nThe guest could not be asked, so nothing is concluded about what it holds, and the state is left as it was. "+way+goneForGood)
 }
 
 // notImported says that there is nothing to import as long as the guest cannot be asked.

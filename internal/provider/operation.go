@@ -146,28 +146,30 @@ func (o *operation) reached(g *host) types.String {
 // unreadKey is the private state that says whether the last refresh could not read the guest.
 const unreadKey = "unread"
 
-// couldNotRead leaves the state as it was. "Could not look" is never "gone".
+// couldNotRead leaves the state as it was. "Could not look" is never "gone": it is an error, or a warning if the provider says
+// so. Before the first successful read, which is after an import, there is nothing to go on with.
 //
-// What it means is for the plan to say (planUnread): Read does not see the configuration, and the very thing that is wrong
-// (a port, the key of a host that was set up anew) may have been put right there. Before the first successful read, which
-// is after an import, there is nothing to go on with.
+// What a wrong host key means is for the plan to say (planUnread): Read does not see the configuration, where the key of a
+// host that was set up anew may have been declared. It is fatal there whatever on_unreachable says.
 func (o *operation) couldNotRead(ctx context.Context, err error, first bool, private privateStateWriter) {
-	if errors.Is(err, errSSHUnknown) && !first {
-		return
-	}
 	if first {
 		o.diags.Append(notImported(o.noun, o.name.ValueString(), o.host.ValueString(), err))
 		return
 	}
-	problem := unreachable(o.noun, o.name.ValueString(), o.host.ValueString(), err)
-	if _, wrongKey := errors.AsType[*sshlink.HostKeyError](err); !wrongKey && o.data.onUnreachable == unreachableWarn {
-		problem = asWarning(problem)
+	if errors.Is(err, errSSHUnknown) {
+		return
 	}
-	if problem.Severity() == diag.SeverityError {
+	problem := unreachable(o.noun, o.name.ValueString(), o.host.ValueString(), err)
+	if _, wrongKey := errors.AsType[*sshlink.HostKeyError](err); wrongKey {
+		o.data.noteUnread(o.noun, o.title(), problem)
 		o.diags.AddAttributeWarning(path.Root("host"), fmt.Sprintf("%s Was Not Read", o.host.ValueString()),
 			sentence(err.Error())+" What was known of it last stays.")
+	} else if o.data.onUnreachable == unreachableWarn {
+		o.diags.Append(asWarning(problem))
+	} else {
+		o.diags.Append(problem)
+		return
 	}
-	o.data.noteUnread(o.noun, o.title(), problem)
 	o.diags.Append(private.SetKey(ctx, unreadKey, []byte("true"))...)
 }
 
@@ -177,9 +179,9 @@ func (o *operation) hasRead(ctx context.Context, private privateStateWriter) {
 	o.diags.Append(private.SetKey(ctx, unreadKey, []byte("false"))...)
 }
 
-// planUnread says what a failed refresh means for the plan: it ends it, or, with on_unreachable = "warn", the plan goes on
-// from what was known last. Where the connection is changed by the plan it means nothing: renewed is true, all that the guest
-// has is unknown, and the update will look. Both processes of a change come to that same answer.
+// planUnread says what a failed refresh means for the plan: a wrong host key ends it, else it goes on from what was known
+// last. Where the plan changes the connection the failure means nothing: renewed is true, all that the guest has is
+// unknown, and the update will look. Both processes of a change come to that same answer.
 func (d *providerData) planUnread(ctx context.Context, p, state place, private privateState, diags *diag.Diagnostics) (unread, renewed bool) {
 	b, found := private.GetKey(ctx, unreadKey)
 	diags.Append(found...)
@@ -195,7 +197,7 @@ func (d *providerData) planUnread(ctx context.Context, p, state place, private p
 	return true, false
 }
 
-// noteUnread keeps, for the plan of the same process, why a guest was not read; nil: it was.
+// noteUnread keeps, for the plan of the same process, why it cannot go on without the guest; nil: it can.
 func (d *providerData) noteUnread(noun, title string, problem diag.Diagnostic) {
 	d.mu.Lock()
 	defer d.mu.Unlock()

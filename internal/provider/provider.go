@@ -23,9 +23,10 @@
 //
 // # Guests that cannot be read
 //
-// Read does not see the configuration, where the very thing may have been put right that keeps it from its guest: a port, an
-// account, the key of a host that was set up anew. So it leaves the state as it was and notes the failure; ModifyPlan
-// makes an error of it, unless the connection is changed by the plan (operation.couldNotRead, planUnread).
+// A guest that cannot be read leaves the state as it was, with an error or, if the provider says so, a warning. A wrong host
+// key is special: Read does not see the configuration, where the key of a host that was set up anew may have been declared.
+// So it notes the failure, and ModifyPlan makes an error of it, unless the plan changes the connection
+// (operation.couldNotRead, planUnread).
 package provider
 
 import (

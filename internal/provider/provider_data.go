@@ -59,7 +59,7 @@ type providerData struct {
 	repositories map[string]knownRepository
 	ofJobs       map[string]repositorySettings // how jobs reach repositories, for data sources only
 	reaches      map[string]reach              // how jobs reach their hosts
-	unread       map[string]diag.Diagnostic    // why a guest could not be read in this process, by noun and host/name
+	unread       map[string]diag.Diagnostic    // what ends a plan because of a guest that was not read, by noun and host/name
 	checked      map[string]*checkRun
 }
 

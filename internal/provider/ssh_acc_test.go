@@ -312,7 +312,7 @@ func TestAccSSH_unreachable(t *testing.T) {
 			Config: config, Destroy: true, ExpectError: inOrder(who),
 		},
 		resource.TestStep{ // the SSH server has moved to another port: the state leads nowhere, and the plan knows better
-			Config:           w.config("", acceptNew, fmt.Sprintf("connection = { port = %d }", w.sshd.Port), ""),
+			Config:           w.config(`on_unreachable = "warn"`, acceptNew, fmt.Sprintf("connection = { port = %d }", w.sshd.Port), ""),
 			ConfigPlanChecks: expectAction(plancheck.ResourceActionUpdate, "config_sha256"),
 		},
 		resource.TestStep{
@@ -367,7 +367,7 @@ resource "pgark_wal_retention" "orders" {
 		},
 		resource.TestStep{Config: config(`on_unreachable = "warn"`, own), PlanOnly: true},
 		resource.TestStep{
-			Config: config("", fmt.Sprintf("connection = { port = %d }", w.sshd.Port)),
+			Config: config(`on_unreachable = "warn"`, fmt.Sprintf("connection = { port = %d }", w.sshd.Port)),
 			ConfigPlanChecks: resource.ConfigPlanChecks{PreApply: []plancheck.PlanCheck{
 				plancheck.ExpectResourceAction(retentionAddress, plancheck.ResourceActionUpdate),
 			}},
