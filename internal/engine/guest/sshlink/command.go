@@ -241,7 +241,7 @@ func (p *Process) open(ctx context.Context, script string, password []byte) erro
 	client := p.connection.client
 	go func() { result <- p.openSession(client, script, password) }()
 	take := func(o opened) error {
-		p.session, p.Stdin, p.Stdout = o.session, o.stdin, o.stdout
+		p.session, p.Stdin, p.Stdout = o.session, &stdin{to: o.stdin}, o.stdout
 		return o.err
 	}
 	select {
