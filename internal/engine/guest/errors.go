@@ -77,7 +77,11 @@ type ProofError struct {
 	Archiver string // what pg_stat_archiver says
 	Runner   string // what the runner says
 	Log      string // the end of the runner's log
+	Err      error  // why it was not waited for any longer, if that is not patience: the time for it all was over
 }
+
+// Unwrap gives the cause.
+func (e *ProofError) Unwrap() error { return e.Err }
 
 func (e *ProofError) Error() string {
 	if e.Behind {

@@ -81,9 +81,12 @@ func (g *local) prove(ctx context.Context, repo *repository.Repository, j *job.J
 		if archiver == nil && a.Archived != last.Archived {
 			last, progress = a, time.Now()
 		}
+		if errors.Is(context.Cause(ctx), context.Canceled) {
+			return Proof{}, context.Cause(ctx) // nobody waits for it any more: it may be on its way as it should
+		}
 		if time.Since(progress) > proofPatience || ctx.Err() != nil {
 			e := g.stuck(context.WithoutCancel(ctx), j, i, string(segment), time.Since(began))
-			e.Behind = stored
+			e.Behind, e.Err = stored, context.Cause(ctx)
 			return Proof{}, e
 		}
 		select {
