@@ -158,6 +158,8 @@ func (s *s3Store) serverError(op, key string, status int, code, message, request
 		e.transient = true
 	case status == http.StatusNotFound && slices.Contains([]string{"", "NoSuchKey", "NotFound"}, code): // any other is not about the object
 		e.Err = ErrNotExist
+	case status == http.StatusPreconditionFailed && op == "delete":
+		e.transient = true // nothing was demanded of it that could have failed
 	case status == http.StatusPreconditionFailed:
 		return is(errTaken, "")
 	case status == http.StatusRequestedRangeNotSatisfiable:
