@@ -192,7 +192,7 @@ show "$(basename "$tf") destroy"
 "$tf" destroy -no-color -auto-approve 2>&1 | tee -a "$log" | grep -E 'Destroy|complete|Warning|Error' | indent
 printf 'archive_command is %s again\n' "'$(sql -c 'show archive_command')'" | indent
 show "pgark list --repository s3://backups/demo    # still there"
-"$pgark" list --repository s3://backups/demo --path-style | head -n 6 | indent
+"$pgark" list --repository s3://backups/demo --path-style | sed -n '1,6p' | indent
 # A machine without /etc/machine-id keeps the one that pgark made up: by it the repository knows who owns the job's name.
 left=$(find "$work/guest" -type f | grep -v -e '/var/log/' -e '/machine-id$' || true)
 [ -z "$left" ] || { printf 'left behind on the guest:\n%s\n' "$left" | indent; exit 1; }
