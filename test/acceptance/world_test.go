@@ -11,6 +11,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -321,10 +322,20 @@ func postmasterSocket(t *testing.T, dir string) string {
 	return lines[4]
 }
 
-var nextPort = 34000 + os.Getpid()%5000
+// Below the ports that outgoing connections of other tests get (ip_local_port_range).
+var nextPort = 22000 + os.Getpid()%8000
 
-// freePort numbers sockets; nothing here listens on TCP.
-func freePort() int { nextPort++; return nextPort }
+// freePort numbers sockets. Nothing here listens on TCP, but a restore demands that its port is free there, too.
+func freePort() int {
+	for {
+		nextPort++
+		l, err := new(net.ListenConfig).Listen(context.Background(), "tcp", fmt.Sprintf("127.0.0.1:%d", nextPort))
+		if err == nil {
+			_ = l.Close() // it was only a question
+			return nextPort
+		}
+	}
+}
 
 // scalar runs a query that gives one value.
 func scalar[T any](w *world, c *pgx.Conn, sql string, args ...any) T {
