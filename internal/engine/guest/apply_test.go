@@ -672,6 +672,55 @@ func TestApply_walLevel(t *testing.T) {
 	}
 }
 
+// Where nothing is left to put back but what has to stay, the file of a stopped server is left alone.
+func TestRemove_keepsWhatIsTheirs(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	c := pgtest.Start(t, pgtest.Options{Settings: map[string]string{"archive_mode": "off", "wal_level": "minimal", "max_wal_senders": "0"}})
+	t.Cleanup(func() {
+		// A restarted server is no child of the test any more.
+		_ = c.Command("pg_ctl", "stop", "-s", "-w", "-m", "immediate", "-D", c.DataDir).Run()
+	})
+	w.policy.Restart = "allow"
+	w.apply(w.job(c))
+	c.Exec("alter system set archive_mode = always") // somebody's decision, as is what follows
+	c.Exec("alter system set archive_command = '/bin/true'")
+	c.Exec("alter system set work_mem = '7MB'")
+	expected := autoConf(t, c)
+	must(t, c.Command("pg_ctl", "stop", "-s", "-w", "-m", "fast", "-D", c.DataDir).Run())
+	must(t, w.guest.Remove(w.ctx, jobName))
+	if found := autoConf(t, c); found != expected {
+		t.Errorf("postgresql.auto.conf: found\n%s\nexpected\n%s", found, expected)
+	}
+}
+
+// A Remove that ended between two of its steps is taken up by the next one.
+func TestRemove_goesOn(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	c := pgtest.Start(t, pgtest.Options{Settings: map[string]string{"archive_mode": "off"}})
+	t.Cleanup(func() {
+		// A restarted server is no child of the test any more.
+		_ = c.Command("pg_ctl", "stop", "-s", "-w", "-m", "immediate", "-D", c.DataDir).Run()
+	})
+	w.policy.Restart = "allow"
+	w.apply(w.job(c))
+	// The file says what it said before; the server has not heard of it.
+	c.Exec("alter system reset archive_command")
+	c.Exec("alter system reset archive_mode")
+	must(t, w.guest.Remove(w.ctx, jobName))
+	if found := c.Scalar("select coalesce(reset_val, '') from pg_settings where name = 'archive_command'") + ", " + c.Scalar("show archive_mode"); found != ", off" {
+		t.Errorf("after the second half of a Remove: found %s", found)
+	}
+
+	w.policy.Restart = "never"
+	d := cluster(t, pgtest.Options{})
+	w.apply(w.job(d))
+	d.Exec("alter system reset archive_command")
+	must(t, w.guest.Remove(w.ctx, jobName))
+	w.eventually(func() bool { return d.Scalar("show archive_command") == "" })
+}
+
 // What would end archiving with the next restart is seen and taken back.
 func TestApply_pending(t *testing.T) {
 	t.Parallel()

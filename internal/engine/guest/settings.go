@@ -430,13 +430,16 @@ func (g *local) putBack(ctx context.Context, name, instance string, known job.In
 		return &SettingsError{Instance: instance, Err: err}
 	}
 	back := g.settingsBack(name, auto, r)
-	if len(back) == 0 {
-		return nil
-	}
-
 	running, postmaster, err := postgres.IsRunning(i.DataDirectory)
-	if err != nil {
+	if err != nil && len(back) > 0 {
 		return &SettingsError{Instance: instance, Err: err}
+	}
+	if len(back) == 0 && !(running && r.modeIsBack(auto)) {
+		if running {
+			// Whoever put the settings back before us may have ended before the server was told.
+			_ = syscall.Kill(postmaster.PID, syscall.SIGHUP)
+		}
+		return nil
 	}
 	if !running {
 		delete(back, walLevel) // whether it could be started with that is not to be known
@@ -560,8 +563,19 @@ func alterBack(ctx context.Context, i job.Instance, back map[string]*string, r *
 	if err != nil {
 		return false, err
 	}
-	_, ok := back[archiveMode]
-	return ok && !r.Settings[archiveMode].Live && settings[archiveMode].PendingRestart, nil
+	auto, err := readAutoConf(i.DataDirectory)
+	if err != nil {
+		return false, err
+	}
+	return r.modeIsBack(auto) && settings[archiveMode].PendingRestart, nil
+}
+
+// modeIsBack tells whether the file says of archive_mode, which took a restart to become ours, what it said before: then
+// the server has to be restarted once more, whoever has put it there, and whenever.
+func (r *remembered) modeIsBack(auto []confLine) bool {
+	b := r.Settings[archiveMode]
+	value, set := confSetting(auto, archiveMode)
+	return b.Ours != "" && !b.Live && set == b.Set && value == b.Value
 }
 
 // startsMinimal tells whether the server would start with wal_level = minimal, as it did before: anything that somebody
@@ -621,6 +635,9 @@ func confSettings(content []byte) map[string]string {
 // editAutoConf does what ALTER SYSTEM does, for a server that is stopped: a new file, flushed, in the place of the old
 // one (guc.c, AlterSystemSetConfigFile).
 func editAutoConf(dataDirectory string, lines []confLine, change map[string]*string) error {
+	if len(change) == 0 {
+		return nil
+	}
 	path := autoConf(dataDirectory)
 	info, err := os.Stat(path)
 	if err != nil {
