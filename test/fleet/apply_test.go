@@ -211,9 +211,15 @@ func TestGuide(t *testing.T) {
 		l := w.list(g, ordersJob)
 		return len(l.Series) == 1 && len(l.Series[0].Images) > 0 && len(l.Series[0].Windows) > 0
 	})
-	g.SQL(socketDir, 5432, "drop table proof")
-	moment := w.list(g, ordersJob).Series[0].Windows[0].To.Format(time.RFC3339Nano)
-	g.Run("pgark restore --job orders --target-time '" + moment + "' --data-directory /var/lib/postgresql/restored --port 5433 --start")
+	guide, err := os.ReadFile(filepath.Join("..", "..", "templates", "guides", "protect-a-server.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	command := regexp.MustCompile(`(?m)^pgark restore .*$`).FindString(string(guide))
+	if command == "" {
+		t.Fatal("the guide restores nothing")
+	}
+	g.Run(command)
 	if got := strings.TrimSpace(g.SQL(socketDir, 5433, "select answer from proof")); got != "42" {
 		t.Errorf("the restored table holds %q", got)
 	}
