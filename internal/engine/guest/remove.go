@@ -20,8 +20,8 @@ func (g *local) Remove(ctx context.Context, name string) error {
 	if err := job.ValidName(name); err != nil {
 		return fmt.Errorf("job name %w", err)
 	}
-	if _, err := g.State(ctx, name); errors.Is(err, ErrNoJob) {
-		return nil
+	if fresh, _, err := g.previous(name); err == nil && fresh {
+		return nil // before a lock file is made on a machine that holds nothing
 	}
 	unlock, err := g.lock(ctx)
 	if err != nil {
