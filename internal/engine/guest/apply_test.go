@@ -938,6 +938,37 @@ func TestApply_concurrent(t *testing.T) {
 }
 
 // A cancelled Apply of a new job puts everything back, in time of its own.
+// Whoever interrupts an apply while PostgreSQL is down for its restart finds it up again.
+func TestApply_cancelledDuringRestart(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	c := pgtest.Start(t, pgtest.Options{Settings: map[string]string{"archive_mode": "off"}})
+	t.Cleanup(func() {
+		// A restarted server is no child of the test any more.
+		_ = c.Command("pg_ctl", "stop", "-s", "-w", "-m", "immediate", "-D", c.DataDir).Run()
+	})
+	w.policy.Restart = "allow"
+	ctx, cancel := context.WithCancel(w.ctx)
+	go func() {
+		for w.ctx.Err() == nil {
+			if _, err := os.Stat(filepath.Join(c.DataDir, "postmaster.pid")); err != nil {
+				break
+			}
+			time.Sleep(time.Millisecond)
+		}
+		cancel()
+	}()
+	if _, err := w.guest.Apply(ctx, w.deployment(w.job(c))); !errors.Is(err, context.Canceled) {
+		t.Errorf("found %v", err)
+	}
+	if found := c.Scalar("show archive_mode"); found != "off" {
+		t.Errorf("archive_mode: found %s", found)
+	}
+	if found := w.files(); len(found) > 0 {
+		t.Errorf("left behind: %q", found)
+	}
+}
+
 func TestApply_cancelled(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

@@ -84,8 +84,14 @@ func (s *inspected) restartSettings() map[string]string {
 
 // restart restarts a cluster's server the way it was started, and waits until it answers. If the server does not start,
 // rescue (which may be nil) is to change what may keep it from starting, and it is tried once more.
+//
+// Once begun it goes on, whatever becomes of ctx: whoever ended pg_ctl between its stop and its start would leave the
+// database down.
 func (g *local) restart(ctx context.Context, c cluster, rescue func() error) error {
-	ctx, cancel := context.WithTimeout(ctx, restartTimeout)
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), restartTimeout)
 	defer cancel()
 	// Made from what its process tells, as long as there is one.
 	command, err := g.restartCommand(ctx, c)
