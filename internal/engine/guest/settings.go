@@ -434,7 +434,7 @@ func (g *local) putBack(ctx context.Context, name, instance string, known job.In
 	if err != nil && len(back) > 0 {
 		return &SettingsError{Instance: instance, Err: err}
 	}
-	if len(back) == 0 && !(running && r.modeIsBack(auto)) {
+	if len(back) == 0 && (!running || !r.modeIsBack(auto)) {
 		if running {
 			// Whoever put the settings back before us may have ended before the server was told.
 			_ = syscall.Kill(postmaster.PID, syscall.SIGHUP)
