@@ -105,6 +105,9 @@ type WAL struct {
 	Mode               string   `json:"mode"` // "continuous" or "interval"
 	Interval           Duration `json:"interval"`
 	MaxLag             Duration `json:"max_lag"`
+	MaxRequestsPerHour int64    `json:"max_requests_per_hour,omitempty"` // of tails; 0: as many as MaxLag takes
+	Synchronous        bool     `json:"synchronous,omitempty"`           // commits wait until they are durable in the repository
+	Slot               bool     `json:"slot,omitempty"`                  // hold WAL back by a replication slot
 	TempFolder         string   `json:"temp_folder,omitempty"`
 	TempFolderLimit    int64    `json:"temp_folder_limit,omitempty"` // bytes
 	Transport          string   `json:"transport"`                   // "automatic", "direct", "log_shipping_servers"

@@ -62,6 +62,10 @@ type Request struct {
 	Path string `json:"path,omitempty"` // push: absolute
 	Kind Kind   `json:"kind,omitempty"` // image
 	Name string `json:"name,omitempty"` // fetch: of the WAL file
+
+	// Plain asks for an answer that the smallest program can read, one line of text: "ok", "ok <file>" of a fetch, "absent"
+	// of a fetch, "again", or "no <message>".
+	Plain bool `json:"plain,omitempty"`
 }
 
 // Answer is what comes back. Fields beside OK, Error and Hint belong to one operation each.
@@ -122,6 +126,86 @@ type WALStatus struct {
 	LastError       string     `json:"last_error,omitempty"`
 	LastErrorAt     *time.Time `json:"last_error_at,omitempty"`
 	MaxDelaySeconds float64    `json:"max_delay_seconds"` // longest time from finished to durable
+
+	State      WALState  `json:"state"`
+	Since      time.Time `json:"since"`            // of State
+	Reason     string    `json:"reason,omitempty"` // why State is not the best there is
+	Mode       string    `json:"mode"`             // as declared: continuous or interval
+	Timeline   uint32    `json:"timeline,omitempty"`
+	WrittenLSN string    `json:"written_lsn,omitempty"` // how far PostgreSQL has written, as far as is known
+	DurableLSN string    `json:"durable_lsn,omitempty"` // how far all of it is durable, without a hole
+	LagBytes   int64     `json:"lag_bytes"`             // from one to the other
+	LagSeconds float64   `json:"lag_seconds"`           // age of the oldest WAL that is not durable; 0: all is
+
+	Store  StoreState    `json:"store"`
+	Stream *StreamStatus `json:"stream,omitempty"` // nil in interval mode
+	Spool  *SpoolStatus  `json:"spool,omitempty"`  // nil without a temporary folder
+	Gaps   []WALGap      `json:"gaps"`             // found since the runner started
+}
+
+// WALState is what becomes of WAL now.
+type WALState string
+
+// The states of WAL, from best to worst.
+const (
+	WALStreaming  WALState = "streaming"   // durable within max_lag
+	WALArchiving  WALState = "archiving"   // whole segments as they are finished
+	WALCatchingUp WALState = "catching_up" // whole segments, a backlog of them
+	WALSpooling   WALState = "spooling"    // the repository is away: into the temporary folder
+	WALHeld       WALState = "held"        // the repository is away and the folder is full or none: PostgreSQL keeps its WAL
+)
+
+// StoreState is how the repository fares, judged by the latest requests for WAL.
+type StoreState string
+
+// The states of a repository.
+const (
+	StoreReachable   StoreState = "reachable"
+	StoreSlow        StoreState = "slow"        // requests take longer than max_lag
+	StoreAway        StoreState = "away"        // the network, or the machine behind it
+	StoreRefusing    StoreState = "refusing"    // it answers with errors: 5xx, throttling
+	StoreDenied      StoreState = "denied"      // credentials that are wrong, expired, or not enough
+	StoreReadOnly    StoreState = "read_only"   // it takes no writes
+	StoreFull        StoreState = "full"        // no room, or a quota
+	StoreMissing     StoreState = "missing"     // no such bucket or directory
+	StoreConflicting StoreState = "conflicting" // a name is taken by other content
+)
+
+// StreamStatus tells of the replication connection.
+type StreamStatus struct {
+	Connected   bool       `json:"connected"`
+	Since       *time.Time `json:"since,omitempty"` // of Connected
+	Restarts    int64      `json:"restarts"`        // connections made after the first
+	Timeline    uint32     `json:"timeline,omitempty"`
+	ReceivedLSN string     `json:"received_lsn,omitempty"`
+	DurableLSN  string     `json:"durable_lsn,omitempty"`
+	LastAt      *time.Time `json:"last_at,omitempty"` // of the last message, a keepalive counts
+	Tails       int64      `json:"tails"`             // stored since the runner started
+	TailBytes   int64      `json:"tail_bytes"`        // the same, as stored
+	Synchronous bool       `json:"synchronous"`
+	Slot        string     `json:"slot,omitempty"`
+	LastError   string     `json:"last_error,omitempty"`
+	LastErrorAt *time.Time `json:"last_error_at,omitempty"`
+}
+
+// SpoolStatus tells of the temporary folder.
+type SpoolStatus struct {
+	Directory  string     `json:"directory"`
+	Files      int        `json:"files"`
+	Bytes      int64      `json:"bytes"`
+	LimitBytes int64      `json:"limit_bytes,omitempty"` // 0: only free space limits it
+	Oldest     *time.Time `json:"oldest,omitempty"`
+	Full       bool       `json:"full"`
+}
+
+// WALGap is WAL that is lost: PostgreSQL went on without it having been stored.
+type WALGap struct {
+	FoundAt  time.Time `json:"found_at"`
+	Timeline uint32    `json:"timeline"`
+	StartLSN string    `json:"start_lsn"`
+	EndLSN   string    `json:"end_lsn"`
+	Segments uint64    `json:"segments"`
+	Image    string    `json:"image,omitempty"` // the image taken because of it, once there
 }
 
 // ImageStatus tells of image backups.
