@@ -767,6 +767,28 @@ func TestApply_pending(t *testing.T) {
 }
 
 // Each difference of a runner has its word and its reason, and is mended.
+// suspend stops a process and waits until it has: its threads run on until one of them takes the signal.
+func suspend(t *testing.T, pid int) {
+	t.Helper()
+	must(t, syscall.Kill(pid, syscall.SIGSTOP))
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		stopped := true
+		tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+		must(t, err)
+		for _, task := range tasks {
+			b, err := os.ReadFile(task)
+			// "12345 (name) T …"; a thread that ends meanwhile is none.
+			if _, after, ok := strings.Cut(string(b), ") "); err == nil && ok && !strings.HasPrefix(after, "T") {
+				stopped = false
+			}
+		}
+		if stopped && len(tasks) > 0 {
+			return
+		}
+	}
+	t.Fatalf("process %d does not stop", pid)
+}
+
 func TestState_runner(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -782,7 +804,7 @@ func TestState_runner(t *testing.T) {
 		change        func()
 	}{
 		"socket gone": {guest.RunnerSilent, "does not answer: no runner answers on " + socket, func() { must(t, os.Remove(socket)) }},
-		"hung":        {guest.RunnerSilent, "does not answer", func() { must(t, syscall.Kill(w.status(c).PID, syscall.SIGSTOP)) }},
+		"hung":        {guest.RunnerSilent, "does not answer", func() { suspend(t, w.status(c).PID) }},
 		"link elsewhere": {guest.RunnerOutdated, w.layout.LibDirectory(), func() {
 			must(t, os.Remove(w.layout.BinaryLink()))
 			must(t, os.Symlink("/bin/true", w.layout.BinaryLink()))
