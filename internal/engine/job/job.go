@@ -108,6 +108,7 @@ type WAL struct {
 	MaxRequestsPerHour int64    `json:"max_requests_per_hour,omitempty"` // of tails; 0: as many as MaxLag takes
 	Synchronous        bool     `json:"synchronous,omitempty"`           // commits wait until they are durable in the repository
 	Slot               bool     `json:"slot,omitempty"`                  // hold WAL back by a replication slot
+	Compression        string   `json:"compression"`                     // "zstd", or "adaptive": less of it while there is a backlog
 	TempFolder         string   `json:"temp_folder,omitempty"`
 	TempFolderLimit    int64    `json:"temp_folder_limit,omitempty"` // bytes
 	Transport          string   `json:"transport"`                   // "automatic", "direct", "log_shipping_servers"

@@ -46,6 +46,7 @@ func (j *Job) ApplyDefaults() {
 	setDefault(&j.WAL.Interval, Duration(DefaultWALInterval))
 	setDefault(&j.WAL.MaxLag, Duration(DefaultWALMaxLag))
 	setDefault(&j.WAL.Transport, DefaultTransport)
+	setDefault(&j.WAL.Compression, DefaultCompression)
 	if j.WALRetention != nil {
 		setDefault(&j.WALRetention.EnforcedBy, DefaultEnforcedBy)
 	}
@@ -234,6 +235,7 @@ func (w WAL) validate(p *problems) {
 	if w.TempFolderLimit > 0 && w.TempFolder == "" {
 		p.add("wal.temp_folder_limit is set, but no wal.temp_folder")
 	}
+	p.oneOf("wal.compression", w.Compression, "zstd", "adaptive")
 	p.oneOf("wal.transport", w.Transport, "automatic", "direct", "log_shipping_servers")
 	switch {
 	case w.Transport == "log_shipping_servers" && len(w.LogShippingServers) == 0:
