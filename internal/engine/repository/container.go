@@ -297,6 +297,18 @@ func (f *frameReader) next() ([]byte, frameHeader, error) {
 		}
 		return nil, frameHeader{}, io.EOF
 	}
+	frame, h, err := f.nextSealed()
+	if err != nil {
+		return nil, h, err
+	}
+	if f.raw, h, err = openFrame(f.c, f.kind, f.number-1, frame, f.raw[:0], &f.payload); err != nil {
+		return nil, h, err
+	}
+	return f.raw, h, nil
+}
+
+// nextSealed reads the next frame, valid until the next call, and checks its header and length only.
+func (f *frameReader) nextSealed() ([]byte, frameHeader, error) {
 	f.frame = grow(f.frame, frameHeaderSize)
 	if _, err := io.ReadFull(f.r, f.frame); err != nil {
 		return nil, frameHeader{}, short(fmt.Sprintf("frame %d", f.number), err)
@@ -312,12 +324,9 @@ func (f *frameReader) next() ([]byte, frameHeader, error) {
 	if _, err := io.ReadFull(f.r, f.frame[frameHeaderSize:]); err != nil {
 		return nil, h, short(fmt.Sprintf("frame %d", f.number), err)
 	}
-	if f.raw, h, err = openFrame(f.c, f.kind, f.number, f.frame, f.raw[:0], &f.payload); err != nil {
-		return nil, h, err
-	}
 	f.number++
 	f.last = h.flags&flagLast != 0
-	return f.raw, h, nil
+	return f.frame, h, nil
 }
 
 // grow gives a slice of n bytes that begins with b's content, up to n.

@@ -262,6 +262,50 @@ func (id SeriesID) parseWALKey(key string) (string, bool) {
 	return name, err == nil && built == key
 }
 
+// tailPosition is fixed in width, so that tails sort by position.
+func tailPosition(l postgres.LSN) string { return fmt.Sprintf("%016X", uint64(l)) }
+
+const tailSuffix = ".tail"
+
+// name is the last element of the tail's key, and the name in its header.
+func (t Tail) name() string { return tailPosition(t.Start) + "-" + tailPosition(t.End) + tailSuffix }
+
+// tailKey places a tail among the WAL files of its timeline.
+func (id SeriesID) tailKey(t Tail) string { return id.walPrefix() + walElement(t.Timeline) + t.name() }
+
+// parseTailKey is tailKey's inverse; false for what is no tail.
+func (id SeriesID) parseTailKey(key string) (Tail, bool) {
+	rest, ok := strings.CutPrefix(key, id.walPrefix())
+	if !ok {
+		return Tail{}, false
+	}
+	timeline, name, _ := strings.Cut(rest, "/")
+	positions, ok := strings.CutSuffix(name, tailSuffix)
+	if !ok || len(timeline) != 8 || len(positions) != 33 {
+		return Tail{}, false
+	}
+	n, errTimeline := strconv.ParseUint(timeline, 16, 32)
+	start, errStart := strconv.ParseUint(positions[:16], 16, 64)
+	end, errEnd := strconv.ParseUint(positions[17:], 16, 64)
+	t := Tail{Timeline: postgres.Timeline(n), Start: postgres.LSN(start), End: postgres.LSN(end)}
+	ok = errTimeline == nil && errStart == nil && errEnd == nil && t.check() == nil && id.tailKey(t) == key
+	return t, ok
+}
+
+// parseTimeline tells which timeline a key below wal/ belongs to, and whether it is the history file's; false for what is
+// neither a WAL file nor a tail.
+func (id SeriesID) parseTimeline(key string) (t postgres.Timeline, history, ok bool) {
+	if tail, ok := id.parseTailKey(key); ok {
+		return tail.Timeline, false, true
+	}
+	name, ok := id.parseWALKey(key)
+	if !ok {
+		return 0, false, false
+	}
+	f, err := postgres.ParseWALFile(name)
+	return f.Timeline, f.Kind == postgres.HistoryFile, err == nil
+}
+
 // sessionTime is fixed in width, so that records sort by time.
 const sessionTime = "20060102T150405.000000Z"
 

@@ -1,7 +1,6 @@
 package repository
 
 import (
-	"bytes"
 	"context"
 	"encoding/hex"
 	"encoding/json"
@@ -9,13 +8,10 @@ import (
 	"fmt"
 	"io"
 	"iter"
-	"os"
-	"strings"
 	"time"
 
 	"github.com/zeebo/blake3"
 
-	"github.com/pgark/terraform-provider-pgark/internal/engine/objectstore"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/postgres"
 )
 
@@ -31,10 +27,6 @@ type WALInfo struct {
 	LastTime   *time.Time        `json:"last_time,omitempty"`
 	StoredSize int64             `json:"-"` // of the object; filled when read
 }
-
-// walInMemory is the largest WAL file, in raw bytes, that is encoded in memory; larger ones go through a temporary
-// file. It covers PostgreSQL's default of 16 MiB and the usual larger choice of 64 MiB.
-const walInMemory = 64 << 20
 
 // walKeyFor returns the session key of the present day's WAL. Wrapping once a day and process keeps the public-key
 // operation out of every segment; each object's own salt keeps their keys apart.
@@ -52,230 +44,14 @@ func (r *Repository) walKeyFor(now time.Time) (*sessionKey, error) {
 	return r.walKey, nil
 }
 
-// PutWAL compresses, seals and stores a WAL file durably. The same content again is success (stored false); other
-// content is *WALConflictError. info.Size says how much of raw is the file. info.Digest may be empty: if it is not, and
-// raw turns out to be something else, nothing is stored. info.SystemID, StoredAt and Host are filled in where zero.
-//
-// A file of up to 64 MiB is read once and its compressed form held in memory; a larger one is read twice and encoded
-// into a temporary file, below $TMPDIR.
+// PutWAL compresses, seals and stores a WAL file durably: SealWAL and PutSealed in one.
 func (s *Series) PutWAL(ctx context.Context, info WALInfo, raw io.ReaderAt) (stored bool, storedSize int64, err error) {
-	if s.invalid != nil {
-		return false, 0, s.invalid
-	}
-	key, err := s.id.walKey(info.Name)
+	w, err := s.SealWAL(ctx, info, raw, Thorough)
 	if err != nil {
 		return false, 0, err
 	}
-	if info.SystemID == 0 {
-		info.SystemID = s.id.SystemID
-	}
-	if info.SystemID != s.id.SystemID {
-		return false, 0, fmt.Errorf("store WAL file %s in %s: found system identifier %s, expected %s", info.Name, s.id, info.SystemID, s.id.SystemID)
-	}
-	if info.Size < 0 || info.Size > int64(postgres.MaxSegmentSize) {
-		return false, 0, fmt.Errorf("store WAL file %s in %s: found %d bytes, expected at most %d", info.Name, s.id, info.Size, int64(postgres.MaxSegmentSize))
-	}
-	if info.StoredAt.IsZero() {
-		info.StoredAt = s.r.clock()
-	}
-	if info.Host == "" {
-		info.Host = s.r.host
-	}
-	session, err := s.r.walKeyFor(info.StoredAt)
-	if err != nil {
-		return false, 0, err
-	}
-
-	var body io.ReadSeeker
-	if info.Size <= walInMemory {
-		b, err := s.encodeWAL(ctx, key, &info, session, raw)
-		if err != nil {
-			return false, 0, fmt.Errorf("store WAL file %s in %s: %w", info.Name, s.id, err)
-		}
-		body, storedSize = bytes.NewReader(b), int64(len(b))
-	} else {
-		f, n, err := s.encodeWALFile(ctx, key, &info, session, raw)
-		if err != nil {
-			return false, 0, fmt.Errorf("store WAL file %s in %s: %w", info.Name, s.id, err)
-		}
-		defer f.Close() // it has no name any more: closing frees it
-		body, storedSize = f, n
-	}
-
-	err = s.r.store.Create(ctx, key, body, storedSize)
-	if err == nil {
-		return true, storedSize, nil
-	}
-	if _, conflict := errors.AsType[*objectstore.ConflictError](err); !conflict {
-		return false, 0, err
-	}
-	// Another time of storing, and with encryption another salt, make other bytes of the same file.
-	there, err := s.StatWAL(ctx, info.Name)
-	if err != nil {
-		return false, 0, fmt.Errorf("compare with what is stored: %w", err)
-	}
-	if there.Digest != info.Digest || there.Size != info.Size {
-		return false, 0, &WALConflictError{Series: s.id, There: there, Here: info}
-	}
-	return false, there.StoredSize, nil
-}
-
-// walHeader makes the header of a WAL object. Its length does not depend on the digest's value.
-func (s *Series) walHeader(info *WALInfo, session *sessionKey, salt [saltSize]byte) (*containerHeader, error) {
-	meta, err := json.Marshal(info)
-	if err != nil {
-		return nil, err
-	}
-	if len(meta) > maxMeta {
-		return nil, fmt.Errorf("found %d bytes of header, expected at most %d", len(meta), maxMeta)
-	}
-	return &containerHeader{kind: walContainer, suite: session.suite, salt: salt, blob: session.blob, meta: meta}, nil
-}
-
-// noDigest holds the digest's place in the header until the file has been read.
-var noDigest = strings.Repeat("0", 64)
-
-// encodeWAL encodes a file in one pass: compress and hash while reading, then, when the digest and with it the header
-// and the key are known, seal in place.
-func (s *Series) encodeWAL(ctx context.Context, key string, info *WALInfo, session *sessionKey, raw io.ReaderAt) ([]byte, error) {
-	salt, err := s.r.newSalt(session.suite)
-	if err != nil {
-		return nil, err
-	}
-	expected := info.Digest
-	info.Digest = noDigest
-	h, err := s.walHeader(info, session, salt)
-	if err != nil {
-		return nil, err
-	}
-	headerSize := h.size()
-	out := make([]byte, headerSize, headerSize+int(info.Size)/3+64<<10) // WAL compresses about 3:1; append grows it where not
-	digest := blake3.New()
-	buf := make([]byte, min(info.Size, maxStreamRaw))
-	var starts []int
-	err = eachWALFrame(ctx, raw, info.Size, buf, func(part []byte, flags uint8) error {
-		_, _ = digest.Write(part) // a hash never fails
-		starts = append(starts, len(out))
-		out = appendFrame(out, part, flags, 0, true)
-		return nil
-	})
-	if err != nil {
-		return nil, err
-	}
-	info.Digest = hex.EncodeToString(digest.Sum(nil))
-	if expected != "" && expected != info.Digest {
-		return nil, fmt.Errorf("found content with BLAKE3 %s, expected %s: it changed while it was read", info.Digest, expected)
-	}
-	if h, err = s.walHeader(info, session, salt); err != nil {
-		return nil, err
-	}
-	if h.size() != headerSize {
-		panic("repository: internal error: the header of a WAL object changed its length")
-	}
-	h.append(out[:0], key)
-	c, err := session.cipherFor(key, walContainer, salt, h.meta)
-	if err != nil {
-		return nil, err
-	}
-	for i, start := range starts {
-		end := len(out)
-		if i+1 < len(starts) {
-			end = starts[i+1]
-		}
-		c.seal(uint32(i), out[start:end])
-	}
-	return out, nil
-}
-
-// encodeWALFile does the same for a file too large for memory: a first pass finds the digest.
-func (s *Series) encodeWALFile(ctx context.Context, key string, info *WALInfo, session *sessionKey, raw io.ReaderAt) (_ *os.File, size int64, err error) {
-	salt, err := s.r.newSalt(session.suite)
-	if err != nil {
-		return nil, 0, err
-	}
-	digest := blake3.New()
-	buf := make([]byte, maxStreamRaw)
-	hash := func(part []byte, _ uint8) error {
-		_, err := digest.Write(part)
-		return err
-	}
-	if err := eachWALFrame(ctx, raw, info.Size, buf, hash); err != nil {
-		return nil, 0, err
-	}
-	found := hex.EncodeToString(digest.Sum(nil))
-	if info.Digest != "" && info.Digest != found {
-		return nil, 0, fmt.Errorf("found content with BLAKE3 %s, expected %s: it changed while it was read", found, info.Digest)
-	}
-	info.Digest = found
-	h, err := s.walHeader(info, session, salt)
-	if err != nil {
-		return nil, 0, err
-	}
-	c, err := session.cipherFor(key, walContainer, salt, h.meta)
-	if err != nil {
-		return nil, 0, err
-	}
-
-	f, err := os.CreateTemp("", "pgark-wal-*")
-	if err != nil {
-		return nil, 0, err
-	}
-	defer func() {
-		if err != nil {
-			_ = f.Close() // the first error counts
-		}
-	}()
-	if err := os.Remove(f.Name()); err != nil { // nobody else needs its name, and so a crash leaves nothing behind
-		return nil, 0, err
-	}
-	out := h.append(nil, key)
-	number := uint32(0)
-	digest.Reset()
-	err = eachWALFrame(ctx, raw, info.Size, buf, func(part []byte, flags uint8) error {
-		_, _ = digest.Write(part) // a hash never fails
-		start := len(out)
-		out = appendFrame(out, part, flags, 0, true)
-		c.seal(number, out[start:])
-		number++
-		n, err := f.Write(out)
-		size += int64(n)
-		out = out[:0]
-		return err
-	})
-	if err != nil {
-		return nil, 0, err
-	}
-	if again := hex.EncodeToString(digest.Sum(nil)); again != found {
-		return nil, 0, fmt.Errorf("found content with BLAKE3 %s, expected %s: it changed while it was read", again, found)
-	}
-	return f, size, nil
-}
-
-// eachWALFrame reads the file in parts of up to len(buf); an empty file has one empty part.
-func eachWALFrame(ctx context.Context, raw io.ReaderAt, size int64, buf []byte, fn func(part []byte, flags uint8) error) error {
-	for offset := int64(0); ; {
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		part := buf[:min(size-offset, int64(len(buf)))]
-		if n, err := raw.ReadAt(part, offset); n < len(part) {
-			if errors.Is(err, io.EOF) {
-				return fmt.Errorf("found %d bytes, expected %d", offset+int64(n), size)
-			}
-			return err
-		}
-		offset += int64(len(part))
-		flags := uint8(0)
-		if offset == size {
-			flags = flagLast
-		}
-		if err := fn(part, flags); err != nil {
-			return err
-		}
-		if offset == size {
-			return nil
-		}
-	}
+	defer w.Close() // what it frees has been read to its end, or is thrown away
+	return s.PutSealed(ctx, w)
 }
 
 // GetWAL writes the raw file to w after verifying every frame, and at the end its digest: on an error, what was
@@ -285,6 +61,11 @@ func (s *Series) GetWAL(ctx context.Context, name string, w io.Writer) (WALInfo,
 	if err != nil {
 		return WALInfo{}, err
 	}
+	return s.readWAL(ctx, key, name, w)
+}
+
+// readWAL is GetWAL of the object that is stored under key.
+func (s *Series) readWAL(ctx context.Context, key, name string, w io.Writer) (WALInfo, error) {
 	body := s.r.newReader(ctx, key, 0, -1)
 	defer body.Close()
 	info, h, err := s.readWALHeader(body, key, name)
@@ -359,6 +140,10 @@ func (s *Series) StatWAL(ctx context.Context, name string) (WALInfo, error) {
 	if err != nil {
 		return WALInfo{}, err
 	}
+	return s.statWAL(ctx, key, name)
+}
+
+func (s *Series) statWAL(ctx context.Context, key, name string) (WALInfo, error) {
 	o, err := s.r.store.Stat(ctx, key)
 	if err != nil {
 		return WALInfo{}, err
@@ -393,13 +178,14 @@ func (s *Series) ListWAL(ctx context.Context, t postgres.Timeline, from string) 
 			yield(WALEntry{}, s.invalid)
 			return
 		}
-		prefix := s.id.walPrefix() + walElement(t)
+		directory := s.id.walPrefix() + walElement(t)
 		startAfter := ""
 		if from != "" {
 			// A key just below from: listings begin after the key that they are given. "~" sorts after all that names have.
-			startAfter = prefix + from[:len(from)-1] + string(from[len(from)-1]-1) + "~"
+			startAfter = directory + from[:len(from)-1] + string(from[len(from)-1]-1) + "~"
 		}
-		for o, err := range s.r.store.List(ctx, prefix, startAfter) {
+		// All names begin with the timeline; those of most tails do not.
+		for o, err := range s.r.store.List(ctx, directory+t.String(), startAfter) {
 			if err != nil {
 				yield(WALEntry{}, fmt.Errorf("list WAL of %s: %w", s.id, err))
 				return
@@ -415,7 +201,7 @@ func (s *Series) ListWAL(ctx context.Context, t postgres.Timeline, from string) 
 	}
 }
 
-// Timelines lists the timelines that have WAL objects or a history file, ascending.
+// Timelines lists the timelines that have WAL objects, tails or a history file, ascending.
 func (s *Series) Timelines(ctx context.Context) ([]postgres.Timeline, error) {
 	return s.timelines(ctx, func(bool) bool { return true })
 }
@@ -445,20 +231,15 @@ func (s *Series) timelines(ctx context.Context, want func(history bool) bool) ([
 			return all, nil
 		}
 		after = first
-		name, ok := s.id.parseWALKey(first)
+		timeline, history, ok := s.id.parseTimeline(first)
 		if !ok {
 			continue
 		}
-		f, err := postgres.ParseWALFile(name)
-		if err != nil {
-			continue // parseWALKey has checked
-		}
-		history := f.Kind == postgres.HistoryFile
 		if !history {
-			after = s.id.walPrefix() + walElement(f.Timeline) + "~" // sorts after all of its files
+			after = s.id.walPrefix() + walElement(timeline) + "~" // sorts after all of its files
 		}
-		if want(history) && (len(all) == 0 || all[len(all)-1] != f.Timeline) {
-			all = append(all, f.Timeline)
+		if want(history) && (len(all) == 0 || all[len(all)-1] != timeline) {
+			all = append(all, timeline)
 		}
 	}
 }
@@ -502,12 +283,8 @@ func (s *Series) DeleteWAL(ctx context.Context, segmentSize postgres.SegmentSize
 		}
 		keys = append(keys, key)
 	}
-	for len(keys) > 0 {
-		n := min(len(keys), deleteBatch)
-		if err := s.r.store.Delete(ctx, keys[:n]...); err != nil {
-			return fmt.Errorf("delete WAL of %s: %w", s.id, err)
-		}
-		keys = keys[n:]
+	if err := s.deleteKeys(ctx, keys); err != nil {
+		return fmt.Errorf("delete WAL of %s: %w", s.id, err)
 	}
 	return nil
 }
