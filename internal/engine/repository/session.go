@@ -27,6 +27,13 @@ type SessionRecord struct {
 	Segments    int64     `json:"segments,omitempty"`
 	Failures    int64     `json:"failures,omitempty"`
 	MaxDelay    float64   `json:"max_delay_seconds,omitempty"` // from segment full (.ready) to durable
+
+	// Of WAL sessions.
+	Spooled   int64   `json:"spooled,omitempty"`         // files that waited in the temporary folder
+	Gaps      int64   `json:"gaps,omitempty"`            // places where WAL was lost
+	Tails     int64   `json:"tails,omitempty"`           // pieces stored before their segments were whole
+	TailBytes int64   `json:"tail_bytes,omitempty"`      // the same, as stored
+	MaxLag    float64 `json:"max_lag_seconds,omitempty"` // longest time that streamed WAL was not durable; 0 without streaming
 }
 
 type sessionDocument struct {
