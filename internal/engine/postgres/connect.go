@@ -50,6 +50,34 @@ type ConnectOptions struct {
 // A server that is not there matches fs.ErrNotExist or syscall.ECONNREFUSED; a refusal by the server is a
 // *pgconn.PgError.
 func Connect(ctx context.Context, o ConnectOptions) (*pgx.Conn, error) {
+	t, err := o.target()
+	if err != nil {
+		return nil, err
+	}
+	conn, err := pgx.ConnectConfig(ctx, t.config)
+	if err != nil {
+		return nil, fmt.Errorf("%s as %s: %w", t.where, t.config.User, err)
+	}
+	// These came later than 13, which refuses a startup packet that names them: idle_session_timeout in 14,
+	// transaction_timeout in 17.
+	_, err = conn.Exec(ctx, `select pg_catalog.set_config(name, '0', false) from pg_catalog.pg_settings
+		where name in ('idle_session_timeout', 'transaction_timeout') and setting <> '0'`)
+	if err != nil {
+		closeNow(conn)
+		return nil, fmt.Errorf("%s: turn off session time limits: %w", t.where, err)
+	}
+	return conn, nil
+}
+
+// target is a server to connect to, and how.
+type target struct {
+	socket string
+	where  string // begins errors
+	config *pgx.ConnConfig
+}
+
+// target decides as whom, and with which settings, to connect.
+func (o ConnectOptions) target() (target, error) {
 	if o.Port == 0 {
 		o.Port = 5432
 	}
@@ -64,11 +92,11 @@ func Connect(ctx context.Context, o ConnectOptions) (*pgx.Conn, error) {
 
 	as, err := dialIdentity(socket, o.Owner)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", where, err)
+		return target{}, fmt.Errorf("%s: %w", where, err)
 	}
 	if o.User == "" {
 		if o.User, err = as.name(); err != nil {
-			return nil, fmt.Errorf("%s: %w", where, err)
+			return target{}, fmt.Errorf("%s: %w", where, err)
 		}
 	}
 
@@ -76,7 +104,7 @@ func Connect(ctx context.Context, o ConnectOptions) (*pgx.Conn, error) {
 	config, err := pgx.ParseConfig(fmt.Sprintf("host=%s port=%d user=%s dbname=%s sslmode=disable target_session_attrs=any",
 		quoteConnectionValue(o.SocketDirectory), o.Port, quoteConnectionValue(o.User), quoteConnectionValue(o.Database)))
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", where, err)
+		return target{}, fmt.Errorf("%s: %w", where, err)
 	}
 	config.Fallbacks = nil
 	config.ConnectTimeout = o.Timeout
@@ -90,19 +118,7 @@ func Connect(ctx context.Context, o ConnectOptions) (*pgx.Conn, error) {
 		"lock_timeout":                        "0",
 		"idle_in_transaction_session_timeout": "0",
 	}
-	conn, err := pgx.ConnectConfig(ctx, config)
-	if err != nil {
-		return nil, fmt.Errorf("%s as %s: %w", where, o.User, err)
-	}
-	// These came later than 13, which refuses a startup packet that names them: idle_session_timeout in 14,
-	// transaction_timeout in 17.
-	_, err = conn.Exec(ctx, `select pg_catalog.set_config(name, '0', false) from pg_catalog.pg_settings
-		where name in ('idle_session_timeout', 'transaction_timeout') and setting <> '0'`)
-	if err != nil {
-		closeNow(conn)
-		return nil, fmt.Errorf("%s: turn off session time limits: %w", where, err)
-	}
-	return conn, nil
+	return target{socket: socket, where: where, config: config}, nil
 }
 
 // closeNow closes a connection whose context may be done. Its error tells nothing that the caller's own does not.
