@@ -7,6 +7,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"log"
@@ -24,11 +25,12 @@ func main() {
 	mib := flag.Int("mib", 1024, "size of the data set")
 	segments := flag.Int("segments", 200, "WAL segments to push")
 	peerRoot := flag.String("peer-root", "", "root directory that holds pgBackRest")
+	only := flag.String("only", "", "measure \"images\" or \"wal\" only")
 	out := flag.String("out", "", "Markdown file to write (default: standard output)")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, *rounds, *mib, *segments, *peerRoot, *out); err != nil {
+	if err := run(ctx, *rounds, *mib, *segments, *peerRoot, *only, *out); err != nil {
 		log.Fatal("bench: ", err)
 	}
 }
@@ -46,7 +48,7 @@ type tool interface {
 	stored() int64 // bytes in its part of the S3 server
 }
 
-func run(ctx context.Context, rounds, mib, segments int, peerRoot, out string) (err error) {
+func run(ctx context.Context, rounds, mib, segments int, peerRoot, only, out string) (err error) {
 	w, err := newWorld(ctx, mib, peerRoot)
 	if err != nil {
 		return err
@@ -83,6 +85,8 @@ func run(ctx context.Context, rounds, mib, segments int, peerRoot, out string) (
 		return nil
 	}
 
+	var calls []call
+	replays := map[string][]float64{}
 	for round := range rounds {
 		// The order alternates, so that neither tool always finds the caches as the other left them.
 		order := tools
@@ -90,55 +94,20 @@ func run(ctx context.Context, rounds, mib, segments int, peerRoot, out string) (
 			order = []tool{tools[1], tools[0]}
 		}
 		log.Printf("round %d of %d", round+1, rounds)
-		for _, t := range order {
-			if err := one("full image", t, t.full(), counted); err != nil {
+		if only != "wal" {
+			if err := w.images(round, order, one); err != nil {
 				return err
 			}
 		}
-		if err := w.change(round); err != nil {
-			return err
-		}
-		for _, t := range order {
-			if err := one("increment, 1 % changed", t, t.increment(), counted); err != nil {
+		if only != "images" {
+			if err := w.wal(segments, ours, peer, order, add, &calls, replays); err != nil {
 				return err
 			}
-		}
-		for _, t := range order {
-			dir, err := w.emptyDir("restored-" + t.name())
-			if err != nil {
-				return err
-			}
-			if err := one("full restore", t, t.restore(dir), notCounted); err != nil {
-				return err
-			}
-			if err := w.checkRestored(dir); err != nil {
-				return fmt.Errorf("restore of %s: %w", t.name(), err)
-			}
-			if err := os.RemoveAll(dir); err != nil {
-				return err
-			}
-		}
-		names, err := w.makeSegments(segments)
-		if err != nil {
-			return err
-		}
-		for _, t := range order {
-			if err := w.signalResident(syscall.SIGSTOP); err != nil {
-				return err
-			}
-			s, err := w.measurePush(t, names)
-			if err != nil {
-				return fmt.Errorf("push of %s: %w", t.name(), err)
-			}
-			add(fmt.Sprintf("%d segments pushed", segments), t, s)
-		}
-		if err := w.resumeArchiving(); err != nil {
-			return err
 		}
 	}
 
 	var b strings.Builder
-	report(&b, results, tools, header{
+	report(&b, results, calls, replays, tools, header{
 		date: time.Now().UTC(), cores: runtime.NumCPU(), rounds: rounds, mib: w.sizeMiB(), ratio: ratio,
 		postgres: w.postgresVersion, segments: segments,
 	})
@@ -147,4 +116,87 @@ func run(ctx context.Context, rounds, mib, segments int, peerRoot, out string) (
 		return nil
 	}
 	return os.WriteFile(out, []byte(b.String()), 0o644)
+}
+
+// images measures images and their restore.
+func (w *world) images(round int, order []tool, one func(op string, t tool, c command, resident residentPart) error) error {
+	for _, t := range order {
+		if err := one("full image", t, t.full(), counted); err != nil {
+			return err
+		}
+	}
+	if err := w.change(round); err != nil {
+		return err
+	}
+	for _, t := range order {
+		if err := one("increment, 1 % changed", t, t.increment(), counted); err != nil {
+			return err
+		}
+	}
+	for _, t := range order {
+		dir, err := w.emptyDir("restored-" + t.name())
+		if err != nil {
+			return err
+		}
+		if err := one("full restore", t, t.restore(dir), notCounted); err != nil {
+			return err
+		}
+		if err := w.checkRestored(dir); err != nil {
+			return fmt.Errorf("restore of %s: %w", t.name(), err)
+		}
+		if err := os.RemoveAll(dir); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// wal measures archiving and replay.
+func (w *world) wal(segments int, ours *pgark, peer *pgBackRest, order []tool, add func(op string, t tool, s sample), calls *[]call, replays map[string][]float64) error {
+	if err := w.hideArchiving(); err != nil {
+		return err
+	}
+	first, err := w.nextSegment() // recovery of the copy begins in it
+	if err != nil {
+		return err
+	}
+	base, err := w.base()
+	if err != nil {
+		return err
+	}
+	names, err := w.makeSegments(first, segments)
+	if err != nil {
+		return err
+	}
+	if err := w.backlog(names, ours, order, add); err != nil {
+		return err
+	}
+	found, err := w.singles(names[:min(20, len(names))], ours, peer)
+	if err != nil {
+		return err
+	}
+	*calls = mergeCalls(*calls, found)
+	// For replay, everything into the repository once more, uncounted.
+	if _, err := w.measurePush(ours, names); err != nil {
+		return err
+	}
+	kept, err := w.keepSegments(names)
+	if err != nil {
+		return err
+	}
+	for _, c := range []struct {
+		what, command string
+		env           []string
+	}{{"cp from a local directory", "cp " + kept + "/%f %p", nil}, {"pgark", ours.fetch(), ours.env}} {
+		r, err := w.replay(base, c.command, c.env)
+		if err != nil {
+			return fmt.Errorf("replay by %s: %w", c.what, err)
+		}
+		log.Printf("replay by %-26s %d segments in %.1f s, %.1f a second", c.what, r.segments, r.took.Seconds(), r.rate())
+		replays[c.what] = append(replays[c.what], r.rate())
+	}
+	if err := errors.Join(os.RemoveAll(kept), os.RemoveAll(base), peer.forgetWAL()); err != nil {
+		return err
+	}
+	return w.resumeArchiving()
 }

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Measures pgark beside pgBackRest, on the same PostgreSQL, the same data and the same S3 server, in one run, and writes
-# bench/RESULTS.md. Rounds and size can be set:
+# bench/RESULTS.md. Rounds and sizes can be set, and a part chosen; 2,000 segments take 64 GB of disk:
 #
-#   ROUNDS=3 MIB=1024 bash bench/run.sh
+#   ROUNDS=3 MIB=1024 SEGMENTS=200 bash bench/run.sh
+#   ROUNDS=1 SEGMENTS=2000 bash bench/run.sh -only wal
 #
 # pgBackRest comes from Debian 13 (trixie), in a root directory of its own below .tools/: Debian 12's is too old to be a
 # fair peer (no block incremental). Needs root: two programs run as the postgres user, one of them in that root.
@@ -20,4 +21,4 @@ fi
 # One user, one number: the peer looks its own user up.
 sed -i "s/^postgres:x:[0-9]*:[0-9]*:/postgres:x:$(id -u postgres):$(id -g postgres):/" "$root/etc/passwd"
 go build -o bin/bench ./bench
-exec bin/bench -rounds "${ROUNDS:-3}" -mib "${MIB:-1024}" -peer-root "$root" -out bench/RESULTS.md "$@"
+exec bin/bench -segments "${SEGMENTS:-200}" -rounds "${ROUNDS:-3}" -mib "${MIB:-1024}" -peer-root "$root" -out bench/RESULTS.md "$@"

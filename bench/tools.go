@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/pgark/terraform-provider-pgark/internal/engine/daemon/control"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/objectstore"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/postgres"
@@ -24,7 +25,10 @@ type pgark struct {
 	binary   string
 	layout   job.Layout
 	instance string
+	systemID postgres.SystemID
 	env      []string
+	job      *job.Job
+	turns    int // repositories used so far
 }
 
 func (w *world) newPgark() (*pgark, error) {
@@ -40,7 +44,7 @@ func (w *world) newPgark() (*pgark, error) {
 	endpoint := fmt.Sprintf("https://localhost:%d", w.s3Port)
 	p.env = []string{"PGARK_ROOT=" + p.layout.Root, "AWS_ACCESS_KEY_ID=bench", "AWS_SECRET_ACCESS_KEY=" + w.secret, "AWS_REGION=us-east-1",
 		"AWS_ENDPOINT_URL=" + endpoint, "AWS_CA_BUNDLE=" + w.certFile()}
-	control, err := postgres.ReadControl(w.data)
+	cluster, err := postgres.ReadControl(w.data)
 	if err != nil {
 		return nil, err
 	}
@@ -48,28 +52,22 @@ func (w *world) newPgark() (*pgark, error) {
 	if err != nil {
 		return nil, err
 	}
-	j := &job.Job{Format: job.Format, Name: "bench", Host: "localhost", Enabled: true,
-		Repository: job.Repository{URL: "s3://pgark/repository", Region: "us-east-1", Endpoint: endpoint, UsePathStyle: true},
+	p.job = &job.Job{Format: job.Format, Name: "bench", Host: "localhost", Enabled: true,
+		Repository: job.Repository{Region: "us-east-1", Endpoint: endpoint, UsePathStyle: true},
 		Protected: []job.Instance{{Name: p.instance, DataDirectory: w.data, SocketDirectory: w.socket, Port: w.port, Owner: "postgres",
-			DatabaseUser: "postgres", Version: major, SystemID: control.SystemID}}}
-	j.ApplyDefaults()
+			DatabaseUser: "postgres", Version: major, SystemID: cluster.SystemID}}}
+	p.job.ApplyDefaults()
+	p.systemID = cluster.SystemID
 	for _, d := range []string{p.layout.JobsDirectory(), p.layout.StateDirectory("bench", p.instance), p.layout.RunDirectory("bench"), filepath.Dir(p.layout.LogFile("bench", p.instance))} {
 		if err := w.ownedDir(d); err != nil {
 			return nil, err
 		}
 	}
-	if err := w.writeAsPostgres(p.layout.JobFile("bench"), j.Encode()); err != nil {
-		return nil, err
-	}
 	// The store is opened in this process, which learns of the server's certificate as the runner does.
 	if err := os.Setenv("AWS_CA_BUNDLE", w.certFile()); err != nil {
 		return nil, err
 	}
-	store, err := objectstore.Open(w.ctx, j.Location(&objectstore.Credentials{AccessKeyID: "bench", SecretAccessKey: w.secret}), objectstore.Options{})
-	if err != nil {
-		return nil, err
-	}
-	if _, _, err := repository.Create(w.ctx, store, nil); err != nil {
+	if err := p.turn("zstd"); err != nil {
 		return nil, err
 	}
 	daemon := exec.CommandContext(context.WithoutCancel(w.ctx), p.binary, "run", "--job", "bench", "--instance", p.instance)
@@ -100,6 +98,48 @@ func (w *world) newPgark() (*pgark, error) {
 		return nil, err
 	}
 	return p, w.resumeArchiving()
+}
+
+// turn makes a new repository, and writes a job file that says to use it, and how to compress WAL.
+func (p *pgark) turn(compression string) error {
+	p.turns++
+	p.job.Repository.URL = fmt.Sprintf("s3://pgark/repository%d", p.turns)
+	p.job.WAL.Compression = compression
+	store, err := objectstore.Open(p.w.ctx, p.job.Location(&objectstore.Credentials{AccessKeyID: "bench", SecretAccessKey: p.w.secret}), objectstore.Options{})
+	if err != nil {
+		return err
+	}
+	if _, _, err := repository.Create(p.w.ctx, store, nil); err != nil {
+		return err
+	}
+	return p.w.writeAsPostgres(p.layout.JobFile("bench"), p.job.Encode())
+}
+
+// forgetWAL has the runner begin anew, in an empty repository: it will store again what it has stored.
+func (p *pgark) forgetWAL(compression string) error {
+	if err := p.turn(compression); err != nil {
+		return err
+	}
+	socket := p.layout.Socket("bench", p.instance)
+	if err := control.Reload(p.w.ctx, socket); err != nil {
+		return err
+	}
+	for range 100 {
+		s, err := control.GetStatus(p.w.ctx, socket)
+		if err != nil {
+			return err
+		}
+		if s.State == control.Running && s.Repository == p.job.Repository.URL {
+			return nil
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	return fmt.Errorf("the runner has not opened %s within 10 s", p.job.Repository.URL)
+}
+
+// fetch is the restore_command of what the present repository holds.
+func (p *pgark) fetch() string {
+	return fmt.Sprintf("%s wal fetch --repository %s --series bench/%s/%s %%f %%p", p.binary, p.job.Repository.URL, p.instance, p.systemID)
 }
 
 func (p *pgark) name() string { return "pgark" }
@@ -233,6 +273,20 @@ func (p *pgBackRest) push(segment string) command {
 
 func (p *pgBackRest) restore(dir string) command {
 	return p.command("--pg1-path="+dir, "--type=none", "restore")
+}
+
+// forgetWAL removes the WAL that it has stored.
+func (p *pgBackRest) forgetWAL() error {
+	stored, err := filepath.Glob(filepath.Join(p.w.dir, "s3/peer/repository/archive/bench/*/*", strings.Repeat("[0-9A-F]", 24)+"-*"))
+	if err != nil {
+		return err
+	}
+	for _, name := range stored {
+		if err := os.Remove(name); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (p *pgBackRest) stored() int64 { n, _ := treeSize(filepath.Join(p.w.dir, "s3/peer")); return n }

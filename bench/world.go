@@ -181,7 +181,7 @@ func (w *world) startPostgres() error {
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(conf, "port = %d\nlisten_addresses = ''\nunix_socket_directories = '%s'\narchive_mode = on\nshared_buffers = 512MB\nmax_wal_size = 16GB\nwal_keep_size = 16GB\ncheckpoint_timeout = 1h\nautovacuum = off\nlogging_collector = off\n", w.port, w.socket)
+	fmt.Fprintf(conf, "port = %d\nlisten_addresses = ''\nunix_socket_directories = '%s'\narchive_mode = on\nshared_buffers = 512MB\nmax_wal_size = 16GB\nwal_keep_size = 64GB\ncheckpoint_timeout = 1h\nautovacuum = off\nlogging_collector = off\n", w.port, w.socket)
 	if err := conf.Close(); err != nil {
 		return err
 	}
@@ -312,23 +312,30 @@ func (w *world) change(round int) error {
 	return nil
 }
 
-// makeSegments stops archiving and the runner, writes n segments (pgbench and bulk loads in turns), and hides them:
-// they are marked as archived.
-func (w *world) makeSegments(n int) ([]string, error) {
-	log.Printf("writing %d WAL segments", n)
+// hideArchiving turns archiving off and stops the runner, so that nobody looks ahead at segments while they are written.
+func (w *world) hideArchiving() error {
 	if err := w.signalResident(syscall.SIGSTOP); err != nil {
-		return nil, err
+		return err
 	}
 	for _, s := range []string{"ALTER SYSTEM SET archive_command = ''", "SELECT pg_reload_conf()", "SELECT pg_switch_wal()", "CHECKPOINT"} {
 		if _, err := w.conn.Exec(w.ctx, s); err != nil {
-			return nil, err
+			return err
 		}
 	}
 	time.Sleep(time.Second) // the archiver takes the new setting
-	var first string
-	if err := w.conn.QueryRow(w.ctx, "SELECT pg_walfile_name(pg_current_wal_insert_lsn() + 1)").Scan(&first); err != nil {
-		return nil, err
-	}
+	return nil
+}
+
+// nextSegment is the one that will be written next.
+func (w *world) nextSegment() (first string, err error) {
+	err = w.conn.QueryRow(w.ctx, "SELECT pg_walfile_name(pg_current_wal_insert_lsn() + 1)").Scan(&first)
+	return first, err
+}
+
+// makeSegments writes WAL, by pgbench and bulk loads in turns, until there are n segments from first on, and hides them:
+// they are marked as archived.
+func (w *world) makeSegments(first string, n int) ([]string, error) {
+	log.Printf("writing %d WAL segments", n)
 	for i := 0; ; i++ {
 		if i%2 == 0 {
 			if err := w.runAsPostgres(command{argv: []string{filepath.Join(w.bin, "pgbench"), "-n", "-c", "4", "-j", "2", "-t", "2000", "-h", w.socket, "-p", strconv.Itoa(w.port), "postgres"}, env: []string{"PGOPTIONS=-c synchronous_commit=off"}}); err != nil {
