@@ -96,6 +96,7 @@ type Status struct {
 	Repository       string      `json:"repository"`
 	SystemIdentifier string      `json:"system_identifier,omitempty"`
 	DataDirectory    string      `json:"data_directory"`
+	ResidentBytes    int64       `json:"resident_bytes,omitempty"` // the runner's own memory
 	WAL              WALStatus   `json:"wal"`
 	Image            ImageStatus `json:"image"`
 }
@@ -137,10 +138,16 @@ type WALStatus struct {
 	LagBytes   int64     `json:"lag_bytes"`             // from one to the other
 	LagSeconds float64   `json:"lag_seconds"`           // age of the oldest WAL that is not durable; 0: all is
 
+	// ObjectiveSeconds is what LagSeconds should stay below: max_lag in continuous mode, the interval in interval mode.
+	ObjectiveSeconds float64 `json:"objective_seconds,omitempty"`
+	MaxLagSeconds    float64 `json:"max_lag_seconds"` // the longest LagSeconds seen
+
 	Store  StoreState    `json:"store"`
 	Stream *StreamStatus `json:"stream,omitempty"` // nil in interval mode
 	Spool  *SpoolStatus  `json:"spool,omitempty"`  // nil without a temporary folder
-	Gaps   []WALGap      `json:"gaps"`             // found since the runner started
+	Gaps   []WALGap      `json:"gaps"`             // found since the runner started, the latest of them
+
+	GapCount int64 `json:"gap_count"` // found since the runner started, all of them
 }
 
 // WALState is what becomes of WAL now.
