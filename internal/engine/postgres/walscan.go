@@ -1,6 +1,7 @@
 package postgres
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"hash/crc32"
@@ -22,16 +23,24 @@ const (
 	recordCapture = 128
 )
 
-// Resource managers and their operations that the scan understands (rmgrlist.h, xact.h, pg_control.h).
+// Resource managers and their operations that the scan understands (rmgrlist.h, xact.h, pg_control.h, standbydefs.h).
 const (
 	managerXLOG        = 0
 	managerTransaction = 1
+	managerStandby     = 8
 
-	xlogSwitch       = 0x40
-	xlogRestorePoint = 0x70
+	xlogCheckpointShutdown = 0x00
+	xlogCheckpointOnline   = 0x10
+	xlogSwitch             = 0x40
+	xlogRestorePoint       = 0x70
+	xlogCheckpointRedo     = 0xE0 // since 17
+
+	standbyLock    = 0x00
+	standbyRunning = 0x10
 
 	transactionMask          = 0x70
 	transactionCommit        = 0x00
+	transactionPrepare       = 0x10
 	transactionAbort         = 0x20
 	transactionCommitPrepare = 0x30
 	transactionAbortPrepared = 0x40
@@ -90,42 +99,33 @@ type SegmentScan struct {
 
 	RestorePoints []RestorePoint
 
+	// Work says that the segment holds anything but checkpoints, switches, and snapshots of running transactions and their
+	// locks, which PostgreSQL writes by itself: anything that is worth to be archived early.
+	Work bool
+
 	// Problem says why the walk ended before the segment did; nil if records follow one another to its end. A segment
 	// that is still being written, or a .partial one, ends somewhere; a whole one that PostgreSQL archives must not.
 	Problem error
 }
 
 // SegmentScanner walks the records of one WAL segment while its bytes pass by: it is an io.Writer that never fails.
-// It holds one page, and never trusts a byte: what makes no sense ends the walk with SegmentScan.Problem.
+// It never trusts a byte: what makes no sense ends the walk with SegmentScan.Problem.
 type SegmentScanner struct {
 	name SegmentName
 	size SegmentSize
-	scan SegmentScan
-
-	page   []byte // a page that is not whole yet
-	offset uint64 // of the next page in the segment
-	done   bool
-
-	// The record that is being read, if it goes on in the next page.
-	remaining uint32
-	skip      bool // it began in an earlier segment
-	start     LSN
-	header    [recordHeader]byte
-	have      int // bytes of header
-	body      [recordCapture]byte
-	bodyLen   int
-	crc       uint32
-
-	previous LSN // start of the last record
+	walk recordWalk
+	got  uint64 // bytes
 }
 
 // NewSegmentScanner begins a walk over the segment of that name.
 func NewSegmentScanner(name SegmentName, size SegmentSize) *SegmentScanner {
 	s := &SegmentScanner{name: name, size: size}
 	if !size.Valid() {
-		s.stop("found a segment size of %d bytes, expected a power of two from 1 MiB to 1 GiB", uint64(size))
+		s.walk.problem = fmt.Errorf("WAL segment %s: found a segment size of %d bytes, expected a power of two from 1 MiB to 1 GiB", name, uint64(size))
 	} else if err := name.Check(size); err != nil {
-		s.done, s.scan.Problem = true, err
+		s.walk.problem = err
+	} else {
+		s.walk = newRecordWalk(name.Timeline(), name.Start(size), size)
 	}
 	return s
 }
@@ -140,245 +140,354 @@ func ScanSegment(name SegmentName, size SegmentSize, b []byte) SegmentScan {
 // Write takes the segment's next bytes.
 func (s *SegmentScanner) Write(b []byte) (int, error) {
 	n := len(b)
-	for len(b) > 0 && !s.done {
-		if len(s.page) > 0 || len(b) < WALPageSize {
-			k := min(WALPageSize-len(s.page), len(b))
-			s.page = append(s.page, b[:k]...)
-			b = b[k:]
-			if len(s.page) == WALPageSize {
-				s.readPage(s.page)
-				s.page = s.page[:0]
-			}
-			continue
-		}
-		s.readPage(b[:WALPageSize])
-		b = b[WALPageSize:]
+	if s.walk.problem != nil || s.walk.switched {
+		return n, nil
+	}
+	fit := b[:min(uint64(n), uint64(s.size)-s.got)]
+	s.got += uint64(len(fit))
+	s.walk.take(fit)
+	if len(fit) < n && s.walk.problem == nil && !s.walk.switched {
+		s.walk.problem = fmt.Errorf("WAL segment %s: found more than %d bytes", s.name, uint64(s.size))
 	}
 	return n, nil
 }
 
 // Result ends the walk.
 func (s *SegmentScanner) Result() SegmentScan {
-	if !s.done && s.offset != uint64(s.size) {
-		s.stop("the segment ends after %d bytes, expected %d", s.offset+uint64(len(s.page)), uint64(s.size))
+	w := &s.walk
+	if w.problem == nil && !w.switched && s.got != uint64(s.size) {
+		w.problem = fmt.Errorf("WAL segment %s: the segment ends after %d bytes, expected %d", s.name, s.got, uint64(s.size))
 	}
-	s.done = true
-	s.scan.Continues = s.remaining > 0 && s.scan.Problem == nil
-	return s.scan
+	scan := SegmentScan{
+		Records: w.records, First: w.first, End: w.end, Last: w.last, Timeline: w.timeline,
+		Continues: w.remaining > 0 && w.problem == nil, Switched: w.switched,
+		FirstTime: w.passed.FirstTime, LastTime: w.passed.LastTime, Work: w.passed.Work,
+		RestorePoints: w.points, Problem: w.problem,
+	}
+	scan.Work = scan.Work || scan.Continues
+	if w.switched {
+		scan.End = s.name.End(s.size)
+	}
+	return scan
 }
 
-// at is the position of a byte of the current page.
-func (s *SegmentScanner) at(offset int) LSN {
-	return s.name.Start(s.size) + LSN(s.offset) + LSN(offset)
+// recordWalk goes from record to record through WAL that arrives in pieces of any size, from the start of a segment on.
+// It holds no more than the head of one record.
+type recordWalk struct {
+	line Timeline
+	size SegmentSize
+	from LSN // where the walk began
+	pos  LSN // of the next byte
+
+	page [WALHeaderSize]byte // the present page's header, as far as it has come
+
+	// The record that is being read. It has ended once the padding to the next multiple of eight has come, too: so all
+	// that lies before end has been taken.
+	start     LSN
+	remaining uint32
+	padding   int
+	skip      bool // it began before from
+	header    [recordHeader]byte
+	have      int // bytes of header
+	body      [recordCapture]byte
+	bodyLen   int
+	crc       uint32
+
+	first, last, end LSN // start of the first and of the last record that began here, end of the last that ended here
+	records          int64
+	timeline         Timeline // of the present page
+	switched         bool     // there was an XLOG_SWITCH
+	skipping         bool     // what is left of the segment means nothing
+	passed           PassedRecords
+	points           []RestorePoint
+	dropPoints       bool
+
+	problem error // ends the walk
 }
 
-func (s *SegmentScanner) stop(format string, args ...any) {
-	s.done = true
-	s.scan.Problem = fmt.Errorf("WAL segment %s: "+format, append([]any{s.name}, args...)...)
+func newRecordWalk(t Timeline, from LSN, size SegmentSize) recordWalk {
+	return recordWalk{line: t, size: size, from: from, pos: from}
+}
+
+func (w *recordWalk) stop(format string, args ...any) {
+	at := w.pos
+	if at > w.from {
+		at-- // the end of a page belongs to it
+	}
+	w.problem = fmt.Errorf("WAL segment %s: "+format, append([]any{SegmentAt(w.line, at, w.size)}, args...)...)
 }
 
 func align8(n int) int { return (n + 7) &^ 7 }
 
-func (s *SegmentScanner) readPage(page []byte) {
-	if s.offset >= uint64(s.size) {
-		s.stop("found more than %d bytes", uint64(s.size))
-		return
-	}
-	off := s.readPageHeader(page)
-	if s.done {
-		return
-	}
-	for {
-		if s.remaining > 0 {
-			n := int(min(s.remaining, uint32(len(page)-off)))
-			s.consume(page[off : off+n])
-			s.remaining -= uint32(n)
-			off = align8(off + n)
-			if s.remaining > 0 {
-				break
-			}
-			s.endRecord(s.at(off))
-		} else {
-			if off >= len(page) {
-				break
-			}
-			off = s.beginRecord(page, off)
+// take walks over the next bytes and returns how many it could make sense of.
+func (w *recordWalk) take(b []byte) int {
+	n := len(b)
+	for len(b) > 0 && w.problem == nil {
+		if w.skipping {
+			skip := min(LSN(len(b)), w.size.Start(w.size.Number(w.pos)+1)-w.pos)
+			b = b[skip:]
+			w.pos += skip
+			w.end = w.pos
+			w.skipping = w.pos%LSN(w.size) != 0
+			continue
 		}
-		if s.done {
-			return
+		content := walShortHeader
+		if w.pos&LSN(w.size-1) < WALHeaderSize {
+			content = WALHeaderSize
 		}
+		off := int(w.pos % WALPageSize)
+		if off < content {
+			k := copy(w.page[off:content], b)
+			b = b[k:]
+			w.pos += LSN(k)
+			if off+k == content {
+				w.readPageHeader(content)
+			}
+			continue
+		}
+		k := min(len(b), WALPageSize-off)
+		b = b[w.takeContent(b[:k]):]
 	}
-	s.offset += WALPageSize
+	return n - len(b)
 }
 
-// readPageHeader checks a page's header, as XLogReaderValidatePageHeader does, and returns where its content begins.
-func (s *SegmentScanner) readPageHeader(page []byte) int {
-	here := s.at(0)
-	first := s.offset == 0
-	magic := binary.LittleEndian.Uint16(page[walMagic:])
-	info := binary.LittleEndian.Uint16(page[walInfo:])
-	timeline := Timeline(binary.LittleEndian.Uint32(page[walTimeline:]))
-	address := LSN(binary.LittleEndian.Uint64(page[walAddress:]))
-	rest := binary.LittleEndian.Uint32(page[walRemaining:])
-	content := walShortHeader
-	if info&walLongHeader != 0 {
-		content = WALHeaderSize
-	}
+// readPageHeader checks a page's header, as XLogReaderValidatePageHeader does.
+func (w *recordWalk) readPageHeader(length int) {
+	here := w.pos - LSN(length)
+	magic := binary.LittleEndian.Uint16(w.page[walMagic:])
+	info := binary.LittleEndian.Uint16(w.page[walInfo:])
+	timeline := Timeline(binary.LittleEndian.Uint32(w.page[walTimeline:]))
+	address := LSN(binary.LittleEndian.Uint64(w.page[walAddress:]))
+	rest := binary.LittleEndian.Uint32(w.page[walRemaining:])
 	switch {
 	case magic == 0 && info == 0 && address == 0:
-		s.stop("nothing was written from %s on", here)
+		w.stop("nothing was written from %s on", here)
 	case walMajors[magic] == 0:
-		s.stop("page %s: found magic number %04X, expected D106 to D118", here, magic)
+		w.stop("page %s: found magic number %04X, expected D106 to D118", here, magic)
 	case address != here:
-		s.stop("page %s: found address %s", here, address)
-	case first != (info&walLongHeader != 0):
-		s.stop("page %s: found flags %04x, expected a long header at the beginning and short ones behind", here, info)
-	case timeline < s.scan.Timeline || timeline == 0 || timeline > s.name.Timeline():
-		s.stop("page %s: found timeline %d, expected %d to %d", here, timeline, max(s.scan.Timeline, 1), s.name.Timeline())
+		w.stop("page %s: found address %s", here, address)
+	case (length == WALHeaderSize) != (info&walLongHeader != 0):
+		w.stop("page %s: found flags %04x, expected a long header at the beginning and short ones behind", here, info)
+	case timeline < w.timeline || timeline == 0 || timeline > w.line:
+		w.stop("page %s: found timeline %d, expected %d to %d", here, timeline, max(w.timeline, 1), w.line)
 	}
-	if s.done {
-		return 0
+	if w.problem != nil {
+		return
 	}
-	s.scan.Timeline = timeline
+	w.timeline = timeline
 
 	continued := info&walFirstIsContinued != 0
 	switch {
-	case info&walFirstIsOverwriting != 0 && s.remaining > 0:
+	case info&walFirstIsOverwriting != 0 && w.remaining > 0:
 		// The server crashed before it had written the rest; the record never happened, and a new one takes its place
 		// (CreateOverwriteContrecordRecord in xlog.c).
-		s.remaining = 0
-	case s.remaining > 0 && (!continued || rest != s.remaining):
-		s.stop("page %s: found %d bytes left of the record at %s, expected %d", here, rest, s.start, s.remaining)
-	case s.remaining == 0 && continued && !first:
-		s.stop("page %s: found the rest of a record, expected a new one", here)
-	case first && continued:
+		w.remaining, w.have = 0, 0
+	case w.remaining > 0 && (!continued || rest != w.remaining):
+		w.stop("page %s: found %d bytes left of the record at %s, expected %d", here, rest, w.start, w.remaining)
+	case w.remaining == 0 && continued && here != w.from:
+		w.stop("page %s: found the rest of a record, expected a new one", here)
+	case here == w.from && continued:
 		if rest == 0 || rest > maxRecordLength {
-			s.stop("page %s: found %d bytes left of a record, expected 1 to %d", here, rest, maxRecordLength)
+			w.stop("page %s: found %d bytes left of a record, expected 1 to %d", here, rest, maxRecordLength)
 			break
 		}
-		s.remaining, s.skip = rest, true
+		// Its kind is not known, so it may matter.
+		w.remaining, w.skip, w.passed.Work = rest, true, true
 	}
-	return content
 }
 
-// beginRecord looks at the record that begins at off: one that ends in the page is read at once. It returns where the
-// next begins.
-func (s *SegmentScanner) beginRecord(page []byte, off int) int {
-	// Records are aligned to eight bytes, so the length is never cut.
-	length := binary.LittleEndian.Uint32(page[off+recordLength:])
-	if length == 0 {
-		s.stop("no record at %s", s.at(off))
-		return off
+// takeContent walks over bytes of one page behind its header.
+func (w *recordWalk) takeContent(b []byte) int {
+	off := 0
+	for off < len(b) && w.problem == nil && !w.skipping {
+		switch {
+		case w.remaining > 0:
+			n := int(min(w.remaining, uint32(len(b)-off)))
+			w.consume(b[off : off+n])
+			w.remaining -= uint32(n)
+			off += n
+			w.pos += LSN(n)
+			if w.remaining == 0 {
+				if w.padding = int(-w.pos & 7); w.padding == 0 {
+					w.endRecord()
+				}
+			}
+		case w.padding > 0:
+			n := min(w.padding, len(b)-off)
+			off += n
+			w.pos += LSN(n)
+			if w.padding -= n; w.padding == 0 {
+				w.endRecord()
+			}
+		default:
+			off += w.beginRecord(b[off:])
+		}
 	}
-	if length < recordHeader || length > maxRecordLength {
-		s.stop("record at %s: found length %d, expected %d to %d", s.at(off), length, recordHeader, maxRecordLength)
-		return off
-	}
-	s.start, s.skip, s.have, s.bodyLen, s.crc = s.at(off), false, 0, 0, 0
-	if s.scan.First == 0 {
-		s.scan.First = s.start
-	}
-	if int(length) > len(page)-off {
-		s.remaining = length
-		return off
-	}
-	record := page[off : off+int(length)]
-	copy(s.header[:], record)
-	s.crc = crc32.Update(0, castagnoli, record[recordHeader:])
-	off = align8(off + int(length))
-	s.finish(record[recordHeader:], s.at(off))
 	return off
 }
 
-// consume takes a part of a record that lies in several pages.
-func (s *SegmentScanner) consume(b []byte) {
-	if s.skip {
+// beginRecord looks at the record that begins with b, which ends with the page at the latest: one that lies in it whole
+// is read at once. It returns how much of b it took.
+func (w *recordWalk) beginRecord(b []byte) int {
+	length := uint32(0)
+	if w.have == 0 && len(b) >= 4 {
+		length = binary.LittleEndian.Uint32(b[recordLength:])
+	} else {
+		// A record is aligned to eight bytes, so a page does not cut its length, only we may have got it in pieces.
+		n := copy(w.header[w.have:4], b)
+		if w.have == 0 {
+			w.start = w.pos
+		}
+		w.have += n
+		w.pos += LSN(n)
+		if w.have < 4 {
+			return n
+		}
+		length = binary.LittleEndian.Uint32(w.header[recordLength:])
+		if w.checkLength(length) {
+			w.open()
+			w.remaining = length - 4
+		}
+		return n
+	}
+	w.start = w.pos
+	if !w.checkLength(length) {
+		return 0
+	}
+	w.open()
+	whole := align8(int(length))
+	if whole > len(b) {
+		w.remaining = length
+		return 0
+	}
+	copy(w.header[:], b)
+	body := b[recordHeader:length]
+	w.crc = crc32.Update(0, castagnoli, body)
+	w.pos += LSN(whole)
+	w.finish(body)
+	return whole
+}
+
+func (w *recordWalk) checkLength(length uint32) bool {
+	if length == 0 {
+		w.stop("no record at %s", w.start)
+		return false
+	}
+	if length < recordHeader || length > maxRecordLength {
+		w.stop("record at %s: found length %d, expected %d to %d", w.start, length, recordHeader, maxRecordLength)
+		return false
+	}
+	return true
+}
+
+// open prepares for the record at start.
+func (w *recordWalk) open() {
+	w.skip, w.bodyLen, w.crc = false, 0, 0
+	if w.first == 0 {
+		w.first = w.start
+	}
+}
+
+// consume takes a part of a record that has come in pieces.
+func (w *recordWalk) consume(b []byte) {
+	if w.skip {
 		return
 	}
-	if s.have < recordHeader {
-		n := copy(s.header[s.have:], b)
-		s.have += n
+	if w.have < recordHeader {
+		n := copy(w.header[w.have:], b)
+		w.have += n
 		b = b[n:]
 	}
-	s.crc = crc32.Update(s.crc, castagnoli, b)
-	s.bodyLen += copy(s.body[s.bodyLen:], b)
+	w.crc = crc32.Update(w.crc, castagnoli, b)
+	w.bodyLen += copy(w.body[w.bodyLen:], b)
 }
 
-// endRecord finishes a record that lies in several pages.
-func (s *SegmentScanner) endRecord(end LSN) {
-	if s.skip {
+// endRecord finishes a record that has come in pieces.
+func (w *recordWalk) endRecord() {
+	w.have = 0
+	if w.skip {
 		// The segment in which it began knows its head, we only know where it ends.
-		s.scan.End = end
+		w.end = w.pos
 		return
 	}
-	s.finish(s.body[:s.bodyLen], end)
+	w.finish(w.body[:w.bodyLen])
 }
 
-// finish checks a record whose header and checksum are known and takes from it what the scan wants; body is what follows
-// the header, or its beginning.
-func (s *SegmentScanner) finish(body []byte, end LSN) {
-	h := &s.header
-	crc := crc32.Update(s.crc, castagnoli, h[:recordCRC])
+// finish checks a record whose header and checksum are known and takes from it what the walk is for; body is what follows
+// the header, or its beginning. The record ends at pos.
+func (w *recordWalk) finish(body []byte) {
+	h := &w.header
+	crc := crc32.Update(w.crc, castagnoli, h[:recordCRC])
 	if expected := binary.LittleEndian.Uint32(h[recordCRC:]); crc != expected {
-		s.stop("record at %s: found checksum %08x, expected %08x", s.start, crc, expected)
+		w.stop("record at %s: found checksum %08x, expected %08x", w.start, crc, expected)
 		return
 	}
 	previous := LSN(binary.LittleEndian.Uint64(h[recordPrevious:]))
 	switch {
-	case s.previous != 0 && previous != s.previous:
-		s.stop("record at %s: found %s as its predecessor, expected %s", s.start, previous, s.previous)
+	case w.last != 0 && previous != w.last:
+		w.stop("record at %s: found %s as its predecessor, expected %s", w.start, previous, w.last)
 		return
-	case previous >= s.start:
-		s.stop("record at %s: found %s as its predecessor, expected a lower position", s.start, previous)
+	case previous >= w.start:
+		w.stop("record at %s: found %s as its predecessor, expected a lower position", w.start, previous)
 		return
 	}
-	s.previous = s.start
-	s.scan.Records++
-	s.scan.Last, s.scan.End = s.start, end
+	w.records++
+	w.last, w.end = w.start, w.pos
 
-	info := h[recordInfo]
+	info := h[recordInfo] & 0xF0
 	switch h[recordManager] {
 	case managerXLOG:
-		switch info & 0xF0 {
+		switch info {
 		case xlogSwitch:
-			s.scan.Switched, s.scan.End = true, s.name.End(s.size)
-			s.done = true
+			w.switched, w.skipping = true, w.pos%LSN(w.size) != 0
+			return
+		case xlogCheckpointShutdown, xlogCheckpointOnline, xlogCheckpointRedo:
+			return
 		case xlogRestorePoint:
-			s.restorePoint(body, end)
+			w.restorePoint(body)
+		}
+	case managerStandby:
+		if info == standbyLock || info == standbyRunning {
+			return
 		}
 	case managerTransaction:
 		switch info & transactionMask {
 		case transactionCommit, transactionAbort, transactionCommitPrepare, transactionAbortPrepared:
+			w.passed.Commits++
 			if data, ok := mainData(body); ok && len(data) >= 8 {
-				s.time(data)
+				w.time(data)
 			}
+		case transactionPrepare:
+			w.passed.Commits++
 		}
 	}
+	w.passed.Work = true
 }
 
-func (s *SegmentScanner) restorePoint(body []byte, end LSN) {
+func (w *recordWalk) restorePoint(body []byte) {
 	data, ok := mainData(body)
 	if !ok || len(data) < 8 {
 		return
 	}
-	name := data[8:min(len(data), 8+restorePointBytes)]
-	for i, c := range name {
-		if c == 0 {
-			name = name[:i]
-			break
-		}
+	at := w.time(data)
+	if w.dropPoints {
+		return
 	}
-	s.scan.RestorePoints = append(s.scan.RestorePoints, RestorePoint{Name: string(name), LSN: end, Time: s.time(data)})
+	name := data[8:min(len(data), 8+restorePointBytes)]
+	if i := bytes.IndexByte(name, 0); i >= 0 {
+		name = name[:i]
+	}
+	w.points = append(w.points, RestorePoint{Name: string(name), LSN: w.end, Time: at})
 }
 
 // time notes the timestamp with which the data of a commit, an abort and a restore point begins.
-func (s *SegmentScanner) time(data []byte) time.Time {
+func (w *recordWalk) time(data []byte) time.Time {
 	t := timestamp(int64(binary.LittleEndian.Uint64(data)))
-	if s.scan.FirstTime.IsZero() || t.Before(s.scan.FirstTime) {
-		s.scan.FirstTime = t
+	if w.passed.FirstTime.IsZero() || t.Before(w.passed.FirstTime) {
+		w.passed.FirstTime = t
 	}
-	if t.After(s.scan.LastTime) {
-		s.scan.LastTime = t
+	if t.After(w.passed.LastTime) {
+		w.passed.LastTime = t
 	}
 	return t
 }
