@@ -4,8 +4,9 @@
 // names the instances with their directories. It holds no secret; credentials stand in a file of their own
 // (Layout.CredentialsFile, credentials.go). The package parses and checks; it does not act.
 //
-// Both values of wal.mode ship a segment as soon as PostgreSQL has filled it. wal.interval is the delay that statistics
-// judge by; wal.max_lag is kept for streaming the unfilled tail, which this build does not do.
+// Both values of wal.mode ship a segment as soon as PostgreSQL has filled it. What has not filled one yet is streamed in
+// mode "continuous", at most wal.max_lag behind; in mode "interval", PostgreSQL is made to finish the segment every
+// wal.interval.
 package job
 
 import (
@@ -100,6 +101,12 @@ type ImageRetention struct {
 	Yearly   int `json:"yearly,omitempty"`
 }
 
+// The values of WAL.Mode. Part of the job file.
+const (
+	WALContinuous = "continuous"
+	WALInterval   = "interval"
+)
+
 // WAL is how WAL reaches the repository.
 type WAL struct {
 	Mode               string   `json:"mode"` // "continuous" or "interval"
@@ -109,11 +116,32 @@ type WAL struct {
 	Synchronous        bool     `json:"synchronous,omitempty"`           // commits wait until they are durable in the repository
 	Slot               bool     `json:"slot,omitempty"`                  // hold WAL back by a replication slot
 	Compression        string   `json:"compression"`                     // "zstd", or "adaptive": less of it while there is a backlog
-	TempFolder         string   `json:"temp_folder,omitempty"`
-	TempFolderLimit    int64    `json:"temp_folder_limit,omitempty"` // bytes
-	Transport          string   `json:"transport"`                   // "automatic", "direct", "log_shipping_servers"
+	TempFolder         string   `json:"temp_folder,omitempty"`           // "": Layout.SpoolDirectory
+	TempFolderLimit    int64    `json:"temp_folder_limit,omitempty"`     // bytes; 0: what the file system has, but for a reserve
+	Transport          string   `json:"transport"`                       // "automatic", "direct", "log_shipping_servers"
 	LogShippingServers []string `json:"log_shipping_servers,omitempty"`
 }
+
+// WantsSynchronous tells whether commits are to wait for the repository: a job that is paused keeps nobody waiting.
+func (j *Job) WantsSynchronous() bool { return j.Enabled && j.WAL.Synchronous }
+
+// WantsSlot tells whether a replication slot is to hold WAL back. One that nothing moves would hold back all.
+func (j *Job) WantsSlot() bool { return j.Enabled && j.WAL.Slot }
+
+// SlotName is the job's replication slot, the same on every instance: "pgark_" and the job's name, with an underscore for
+// what the name of a slot may not hold.
+func SlotName(job string) string {
+	slot := []byte("pgark_" + job)
+	for i, c := range slot {
+		if (c < 'a' || c > 'z') && (c < '0' || c > '9') {
+			slot[i] = '_'
+		}
+	}
+	return string(slot[:min(len(slot), maxSlotName)])
+}
+
+// maxSlotName is what PostgreSQL allows (NAMEDATALEN - 1).
+const maxSlotName = 63
 
 // WALRetention has exactly one of its fields set.
 type WALRetention struct {

@@ -120,9 +120,23 @@ func TestValidate(t *testing.T) {
 		`job orders: image.retention.weekly -1: may not be negative`:                                                   func(j *Job) { j.Image.Retention.Weekly = -1 },
 		`job orders: wal.mode "often": expected "continuous" or "interval"`:                                            func(j *Job) { j.WAL.Mode = "often" },
 		`job orders: wal.temp_folder "spool": expected an absolute path`:                                               func(j *Job) { j.WAL.TempFolder = "spool" },
-		`job orders: wal.temp_folder_limit is set, but no wal.temp_folder`:                                             func(j *Job) { j.WAL.TempFolderLimit = 1 },
-		`job orders: wal.transport "log_shipping_servers": names no server in wal.log_shipping_servers`:                func(j *Job) { j.WAL.Transport = "log_shipping_servers" },
-		`job orders: wal_retention: expected exactly one of until_image_deleted and keep_days`:                         func(j *Job) { j.WALRetention = &WALRetention{EnforcedBy: "guest"} },
+		`job orders: wal.temp_folder_limit -1: expected bytes, or 0 for no limit`:                                      func(j *Job) { j.WAL.TempFolderLimit = -1 },
+		`job orders: wal.interval 500ms: not in 1s–24h0m0s`:                                                            func(j *Job) { j.WAL.Interval = Duration(500 * time.Millisecond) },
+		`job orders: wal.max_lag 99ms: not in 100ms–1h0m0s`:                                                            func(j *Job) { j.WAL.MaxLag = Duration(99 * time.Millisecond) },
+		`job orders: wal.max_requests_per_hour -1: expected a number of requests, or 0 for as many as wal.max_lag takes`: func(j *Job) {
+			j.WAL.MaxRequestsPerHour = -1
+		},
+		`job orders: wal.synchronous needs wal.mode "continuous": nothing is streamed otherwise that a commit could wait for`: func(j *Job) {
+			j.WAL.Mode, j.WAL.Synchronous = WALInterval, true
+		},
+		`job orders: wal.synchronous takes a request for every commit: leave out wal.max_requests_per_hour, or commits would wait for the budget`: func(j *Job) {
+			j.WAL.Synchronous, j.WAL.MaxRequestsPerHour = true, 3600
+		},
+		`job orders: wal.slot needs wal.mode "continuous": only a stream moves a replication slot`: func(j *Job) {
+			j.WAL.Mode, j.WAL.Slot = WALInterval, true
+		},
+		`job orders: wal.transport "log_shipping_servers": names no server in wal.log_shipping_servers`: func(j *Job) { j.WAL.Transport = "log_shipping_servers" },
+		`job orders: wal_retention: expected exactly one of until_image_deleted and keep_days`:          func(j *Job) { j.WALRetention = &WALRetention{EnforcedBy: "guest"} },
 		`job orders: image.schedule "@daily": found 1 fields, expected five: minute, hour, day of month, month, day of week`: func(j *Job) {
 			j.Image.Schedule = "@daily"
 		},
@@ -309,4 +323,17 @@ func FuzzParse(f *testing.F) {
 			t.Errorf("a parsed job does not survive Encode: %v", err)
 		}
 	})
+}
+
+func TestSlotName(t *testing.T) {
+	for name, expected := range map[string]string{
+		"orders":                "pgark_orders",
+		"Orders-15.main":        "pgark__rders_15_main",
+		strings.Repeat("a", 63): "pgark_" + strings.Repeat("a", 57),
+		"db1_2":                 "pgark_db1_2",
+	} {
+		if found := SlotName(name); found != expected {
+			t.Errorf("%s: found %s, expected %s", name, found, expected)
+		}
+	}
 }

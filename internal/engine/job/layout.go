@@ -74,6 +74,11 @@ func (l Layout) SettingsFile(job, instance string) string {
 	return filepath.Join(l.StateDirectory(job, instance), "settings.json")
 }
 
+// SpoolDirectory is the temporary folder of an instance where the job declares none.
+func (l Layout) SpoolDirectory(job, instance string) string {
+	return filepath.Join(l.StateDirectory(job, instance), "spool")
+}
+
 // RunRoot is the parent of all run directories.
 func (l Layout) RunRoot() string { return l.path("run/pgark") }
 

@@ -22,7 +22,7 @@ const (
 	DefaultCapture       = "auto"
 	DefaultRetryAttempts = 3
 	DefaultRetryWait     = 10 * time.Minute
-	DefaultWALMode       = "continuous"
+	DefaultWALMode       = WALContinuous
 	DefaultWALInterval   = 15 * time.Minute // what the reference product has, and its users expect
 	DefaultWALMaxLag     = time.Second
 	DefaultTransport     = "automatic"
@@ -223,7 +223,7 @@ func (i Image) validate(p *problems) {
 }
 
 func (w WAL) validate(p *problems) {
-	p.oneOf("wal.mode", w.Mode, "continuous", "interval")
+	p.oneOf("wal.mode", w.Mode, WALContinuous, WALInterval)
 	p.between("wal.interval", time.Duration(w.Interval), time.Second, 24*time.Hour)
 	p.between("wal.max_lag", time.Duration(w.MaxLag), 100*time.Millisecond, time.Hour)
 	if w.TempFolder != "" && !filepath.IsAbs(w.TempFolder) {
@@ -232,8 +232,17 @@ func (w WAL) validate(p *problems) {
 	if w.TempFolderLimit < 0 {
 		p.add("wal.temp_folder_limit %d: expected bytes, or 0 for no limit", w.TempFolderLimit)
 	}
-	if w.TempFolderLimit > 0 && w.TempFolder == "" {
-		p.add("wal.temp_folder_limit is set, but no wal.temp_folder")
+	if w.MaxRequestsPerHour < 0 {
+		p.add("wal.max_requests_per_hour %d: expected a number of requests, or 0 for as many as wal.max_lag takes", w.MaxRequestsPerHour)
+	}
+	if w.Synchronous && w.Mode != WALContinuous {
+		p.add("wal.synchronous needs wal.mode %q: nothing is streamed otherwise that a commit could wait for", WALContinuous)
+	}
+	if w.Synchronous && w.MaxRequestsPerHour > 0 {
+		p.add("wal.synchronous takes a request for every commit: leave out wal.max_requests_per_hour, or commits would wait for the budget")
+	}
+	if w.Slot && w.Mode != WALContinuous {
+		p.add("wal.slot needs wal.mode %q: only a stream moves a replication slot", WALContinuous)
 	}
 	p.oneOf("wal.compression", w.Compression, "zstd", "adaptive")
 	p.oneOf("wal.transport", w.Transport, "automatic", "direct", "log_shipping_servers")
