@@ -67,6 +67,12 @@ func (d *directoryStore) fail(op, key string, err error) error {
 	case errors.Is(err, fs.ErrPermission):
 		e.Err = fmt.Errorf("%w: %w", ErrAccess, err)
 		e.Hint = "the directory must be writable by the user that runs pgark, the owner of the PostgreSQL instance"
+	case errors.Is(err, syscall.EROFS):
+		e.Err = &kindError{ErrReadOnly, err}
+		e.Hint = "mount its file system writable, or find out why it became read-only"
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+		e.Err = &kindError{ErrFull, err}
+		e.Hint = "make room, or keep less"
 	case errors.Is(err, fs.ErrNotExist):
 		if _, rootErr := os.Stat(d.root); errors.Is(rootErr, fs.ErrNotExist) {
 			e.Err, e.Hint = &missingDirectoryError{rootErr}, "create it, writable by the owner of the PostgreSQL instance, or mount its file system"

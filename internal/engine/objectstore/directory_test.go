@@ -12,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/pgark/terraform-provider-pgark/internal/engine/objectstore"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/objectstore/storetest"
 )
@@ -93,6 +95,41 @@ func TestDirectory_failedCreateLeavesNothing(t *testing.T) {
 	entries, err := os.ReadDir(dir)
 	if err != nil || len(entries) != 0 {
 		t.Errorf("left behind: %v, %v", entries, err)
+	}
+}
+
+// A store that is full, and one that became read-only, say so.
+func TestDirectory_fullAndReadOnly(t *testing.T) {
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=256k"); err != nil { // as root, as all tests
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	s := openDirectory(t, dir)
+	big := strings.Repeat("x", 1<<20)
+	err := s.Create(t.Context(), "big", strings.NewReader(big), int64(len(big)))
+	if !errors.Is(err, objectstore.ErrFull) || !errors.Is(err, syscall.ENOSPC) || !objectstore.IsTransient(err) || !strings.HasSuffix(err.Error(), "no space left on device; make room, or keep less") {
+		t.Errorf("create in a full directory: %v, expected ErrFull", err)
+	}
+	if err := s.Create(t.Context(), "small", strings.NewReader("x"), 1); err != nil {
+		t.Errorf("the failed create left no room: %v", err)
+	}
+	if err := unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+		t.Fatal(err)
+	}
+	for what, err := range map[string]error{
+		"create": s.Create(t.Context(), "other", strings.NewReader("x"), 1), "delete": s.Delete(t.Context(), "small"),
+	} {
+		if !errors.Is(err, objectstore.ErrReadOnly) || errors.Is(err, objectstore.ErrAccess) || objectstore.IsTransient(err) {
+			t.Errorf("%s in a read-only directory: %v, expected ErrReadOnly", what, err)
+		}
+	}
+	if _, err := s.Stat(t.Context(), "small"); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -7,7 +7,8 @@ import (
 	"syscall"
 )
 
-// Errors that callers, and the texts shown to users, tell apart. All are found with errors.Is and none is transient.
+// Errors that callers, and the texts shown to users, tell apart. All are found with errors.Is. ErrFull and ErrBusy are
+// transient: retention, people or time change them while we wait; the others are not.
 var (
 	// ErrNoBucket says that the store itself is missing: the bucket, or the directory.
 	ErrNoBucket = errors.New("no such bucket")
@@ -17,7 +18,22 @@ var (
 	ErrRegion = errors.New("wrong region")
 	// ErrClock says, beside ErrAccess, that the store refused because of the time of a request.
 	ErrClock = errors.New("the clocks differ")
+	// ErrExpired says, beside ErrAccess, that credentials were good once.
+	ErrExpired = errors.New("the credentials have expired")
+	// ErrReadOnly says that the store can be read only.
+	ErrReadOnly = errors.New("read-only")
+	// ErrFull says that the store, or a quota, has no room.
+	ErrFull = errors.New("no room left")
+	// ErrBusy says that the store answers, but refuses for now: throttling, an error of its own.
+	ErrBusy = errors.New("the store refuses for now")
 )
+
+// kindError is err, which errors.Is finds to be kind, too. Its text is err's, which says it in the words of the store.
+type kindError struct{ kind, err error }
+
+func (e *kindError) Error() string        { return e.err.Error() }
+func (e *kindError) Is(target error) bool { return target == e.kind }
+func (e *kindError) Unwrap() error        { return e.err }
 
 // Error is a failed call of a store.
 type Error struct {

@@ -236,8 +236,8 @@ func (s *s3Store) Create(ctx context.Context, key string, body io.ReadSeeker, si
 		// It says nothing of ours, so we must try again.
 		wait := backoff(n)
 		if time.Since(start)+wait > s.o.MaxElapsed {
-			return &Error{Op: "create", Key: key, Store: s.URL(), transient: true,
-				Err: fmt.Errorf("the store answers that the object exists, but has none (%d attempts): %w", n, err)}
+			e := &Error{Op: "create", Key: key, Store: s.URL(), Err: fmt.Errorf("the store answers that the object exists, but has none (%d attempts): %w", n, err)}
+			return e.busy()
 		}
 		if err := sleep(ctx, wait); err != nil {
 			return err

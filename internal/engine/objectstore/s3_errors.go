@@ -57,6 +57,12 @@ var transientCodes = []string{
 	"IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch",
 }
 
+// expiredCodes and fullCodes are S3's, and other servers', error codes for ErrExpired and ErrFull.
+var (
+	expiredCodes = []string{"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
+	fullCodes    = []string{"QuotaExceeded", "InsufficientStorage", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded"}
+)
+
 // httpStatus returns the status and S3 error code of an answer, 0 where err is none.
 func httpStatus(err error) (status int, code string) {
 	if re, ok := errors.AsType[*smithyhttp.ResponseError](err); ok {
@@ -96,6 +102,9 @@ func (s *s3Store) fail(w *watchdog, op, key string, err error) error {
 	if missing, ok := errors.AsType[*credentialsError](err); ok {
 		e.Err = fmt.Errorf("%w: no S3 credentials: %w", ErrAccess, missing)
 		e.Hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or give the machine an instance profile"
+		if _, code := httpStatus(missing); slices.Contains(expiredCodes, code) {
+			e.Err, e.Hint = &kindError{ErrExpired, e.Err}, "renew the login that the credentials come from"
+		}
 		return e
 	}
 	var requestID string
@@ -122,11 +131,13 @@ func (s *s3Store) fail(w *watchdog, op, key string, err error) error {
 
 // serverError makes the error of an answer with an error status.
 func (s *s3Store) serverError(op, key string, status int, code, message, requestID string) *Error {
-	text := fmt.Sprintf("%d %s", status, strings.TrimSpace(code+" "+http.StatusText(status)))
-	if code != "" && !strings.EqualFold(code, strings.ReplaceAll(http.StatusText(status), " ", "")) {
+	// Where an answer has no body, the SDK makes code and message of its status.
+	words := http.StatusText(status)
+	text := fmt.Sprintf("%d %s", status, words)
+	if code != "" && !strings.EqualFold(code, strings.ReplaceAll(words, " ", "")) {
 		text = fmt.Sprintf("%d %s", status, code)
 	}
-	if message != "" {
+	if message != "" && message != words {
 		text += ": " + strings.TrimSuffix(message, ".")
 	}
 	if requestID != "" {
@@ -135,6 +146,15 @@ func (s *s3Store) serverError(op, key string, status int, code, message, request
 	e := &Error{Op: op, Key: key, Store: s.URL(), Err: errors.New(text)}
 	is := func(kind error, hint string) *Error {
 		e.Err, e.Hint = fmt.Errorf("%w: %s", kind, text), hint
+		return e
+	}
+	switch {
+	case slices.Contains(expiredCodes, code):
+		is(ErrAccess, "renew the session token")
+		e.Err = &kindError{ErrExpired, e.Err}
+		return e
+	case slices.Contains(fullCodes, code), status == http.StatusInsufficientStorage:
+		e.Err, e.Hint, e.transient = &kindError{ErrFull, e.Err}, "make room in the bucket "+s.bucket+", raise its quota, or keep less", true
 		return e
 	}
 	switch code {
@@ -148,18 +168,18 @@ func (s *s3Store) serverError(op, key string, status int, code, message, request
 		return is(ErrAccess, "the store does not know the access key: check AWS_ACCESS_KEY_ID, and that the endpoint is the right one")
 	case "SignatureDoesNotMatch":
 		return is(ErrAccess, "the secret key does not belong to the access key: check AWS_SECRET_ACCESS_KEY")
-	case "ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired":
+	case "InvalidToken":
 		return is(ErrAccess, "renew the session token")
 	case "RequestTimeTooSkewed":
 		return is(fmt.Errorf("%w: %w", ErrAccess, ErrClock), "this machine's clock differs too much from the store's: set it right")
 	}
 	switch {
 	case slices.Contains(transientCodes, code):
-		e.transient = true
+		return e.busy()
 	case status == http.StatusNotFound && slices.Contains([]string{"", "NoSuchKey", "NotFound"}, code): // any other is not about the object
 		e.Err = ErrNotExist
 	case status == http.StatusPreconditionFailed && op == "delete":
-		e.transient = true // nothing was demanded of it that could have failed
+		return e.busy() // nothing was demanded of it that could have failed
 	case status == http.StatusPreconditionFailed:
 		return is(errTaken, "")
 	case status == http.StatusRequestedRangeNotSatisfiable:
@@ -172,10 +192,18 @@ func (s *s3Store) serverError(op, key string, status int, code, message, request
 		return is(errNotImplemented, "")
 	case status >= 500, status == http.StatusTooManyRequests, status == http.StatusRequestTimeout,
 		status == http.StatusConflict: // another conditional request for the name is under way
-		e.transient = true
+		return e.busy()
+	case status == http.StatusMethodNotAllowed && op == "create":
+		e.Err, e.Hint = &kindError{ErrReadOnly, e.Err}, "the bucket "+s.bucket+" must take PUT requests"
 	case status < 300: // an answer that could not be read to its end
 		e.transient = true
 	}
+	return e
+}
+
+// busy marks an error that the store may not have next time.
+func (e *Error) busy() *Error {
+	e.Err, e.transient = &kindError{ErrBusy, e.Err}, true
 	return e
 }
 

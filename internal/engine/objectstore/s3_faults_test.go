@@ -13,6 +13,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -639,5 +640,67 @@ func TestS3_objectLockWantsChecksum(t *testing.T) {
 	}
 	if refused != 1 {
 		t.Errorf("%d requests without a checksum, expected only the first", refused)
+	}
+}
+
+// TestS3_refusals has a server answer what a test server cannot be brought to say.
+func TestS3_refusals(t *testing.T) {
+	type answer struct {
+		status int
+		code   string
+	}
+	var now atomic.Pointer[answer]
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body)
+		a := now.Load()
+		w.Header().Set("Content-Type", "application/xml")
+		w.WriteHeader(a.status)
+		if a.code != "" && r.Method != http.MethodHead {
+			fmt.Fprintf(w, "<Error><Code>%s</Code><Message>Text of the store.</Message></Error>", a.code)
+		}
+	}))
+	defer server.Close()
+	loc := objectstore.Location{URL: "s3://bucket/prefix", Endpoint: server.URL, UsePathStyle: true,
+		Credentials: &objectstore.Credentials{AccessKeyID: "AK", SecretAccessKey: "SK", SessionToken: "T"}}
+	s := open(t, loc, objectstore.Options{MaxElapsed: time.Millisecond}) // too short for a second attempt
+	all := []error{
+		objectstore.ErrAccess, objectstore.ErrExpired, objectstore.ErrReadOnly, objectstore.ErrFull, objectstore.ErrBusy,
+		objectstore.ErrNoBucket, objectstore.ErrClock,
+	}
+	for _, c := range []struct {
+		answer
+		is        []error
+		transient bool
+		text      string
+	}{
+		{answer{400, "ExpiredToken"}, []error{objectstore.ErrAccess, objectstore.ErrExpired}, false, "access denied: 400 ExpiredToken: Text of the store; renew the session token"},
+		{answer{400, "TokenRefreshRequired"}, []error{objectstore.ErrAccess, objectstore.ErrExpired}, false, "renew"},
+		{answer{403, "AccessDenied"}, []error{objectstore.ErrAccess}, false, "the keys must be allowed"},
+		{answer{403, "RequestTimeTooSkewed"}, []error{objectstore.ErrAccess, objectstore.ErrClock}, false, "clock"},
+		{answer{403, "QuotaExceeded"}, []error{objectstore.ErrFull}, true, "403 QuotaExceeded: Text of the store"},
+		{answer{507, "XMinioStorageFull"}, []error{objectstore.ErrFull}, true, "make room"},
+		{answer{507, ""}, []error{objectstore.ErrFull}, true, "507 Insufficient Storage (1 attempts"},
+		{answer{405, "MethodNotAllowed"}, []error{objectstore.ErrReadOnly}, false, "must take PUT requests"},
+		{answer{503, "SlowDown"}, []error{objectstore.ErrBusy}, true, "503 SlowDown"},
+		{answer{503, ""}, []error{objectstore.ErrBusy}, true, "503 Service Unavailable (1 attempts"},
+		{answer{500, "InternalError"}, []error{objectstore.ErrBusy}, true, "500 InternalError"},
+		{answer{502, ""}, []error{objectstore.ErrBusy}, true, "502 Bad Gateway (1 attempts"},
+		{answer{429, "TooManyRequests"}, []error{objectstore.ErrBusy}, true, "429"},
+		{answer{409, "ConditionalRequestConflict"}, []error{objectstore.ErrBusy}, true, "409"},
+		{answer{404, "NoSuchBucket"}, []error{objectstore.ErrNoBucket}, false, "create the bucket"},
+	} {
+		now.Store(&c.answer)
+		err := put(t, s, "k", "x")
+		for _, kind := range all {
+			if got, want := errors.Is(err, kind), slices.Contains(c.is, kind); got != want {
+				t.Errorf("%d %s: %v: is %q: %v", c.status, c.code, err, kind, got)
+			}
+		}
+		if objectstore.IsTransient(err) != c.transient {
+			t.Errorf("%d %s: %v: transient %v", c.status, c.code, err, !c.transient)
+		}
+		if err == nil || !strings.Contains(err.Error(), c.text) {
+			t.Errorf("%d %s: %v, expected %q in it", c.status, c.code, err, c.text)
+		}
 	}
 }
