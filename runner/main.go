@@ -98,6 +98,7 @@ done, 2 when it was asked wrongly, 3 when a restore cannot reach its target, and
 		newListCommand(),
 		newStatsCommand(),
 		newStatusCommand(),
+		newMetricsCommand(),
 		newRestoreCommand(),
 		newRetentionCommand(),
 		newGuestCommand(),
