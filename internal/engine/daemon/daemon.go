@@ -69,6 +69,8 @@ type daemon struct {
 	problem    string
 	protection *protection   // set in state Running only
 	changed    chan struct{} // closed and replaced whenever state or protection change
+	gaps       []control.WALGap
+	gapCount   int64
 }
 
 // config is what the job file says of the instance, with the credentials beside it.

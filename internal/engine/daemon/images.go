@@ -24,6 +24,11 @@ const (
 	// a restart is no failure of a backup.
 	serverAwayWait = 15 * time.Second
 
+	// gapImageAgain is the least time between the end of an image that was taken because of lost WAL and the next such: a
+	// server whose WAL is lost again and again is not to be read again and again. It is twice the time that the image took,
+	// if that is longer.
+	gapImageAgain = 10 * time.Minute
+
 	// firstImageAgain is the wait after all attempts at a job's first image failed and no schedule names another time.
 	firstImageAgain = time.Hour
 )
@@ -40,6 +45,9 @@ type images struct {
 	last        *repository.ImageInfo
 	lastError   string
 	lastErrorAt time.Time
+
+	gapAt    time.Time // when WAL was lost that no image makes up for yet; zero: never
+	gapAfter time.Time // no image because of it before
 }
 
 // taking is one image being taken.
@@ -98,12 +106,60 @@ func (m *images) begin() *taking {
 	return m.current
 }
 
+// afterGap has an image taken soon, because WAL was lost at a time: no moment after it can be restored until there is
+// one. An image that was begun before does not make up for it. A series without an image has nothing to make up for.
+func (m *images) afterGap(at time.Time) {
+	m.mu.Lock()
+	if at.After(m.gapAt) {
+		m.gapAt = at
+	}
+	m.mu.Unlock()
+	m.reconsider()
+}
+
+// dueForGap is when an image is due because WAL was lost; the zero time for never.
+func (m *images) dueForGap() (due, lost time.Time) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.gapAt.IsZero() {
+		return time.Time{}, time.Time{}
+	}
+	return later(m.gapAt, m.gapAfter), m.gapAt
+}
+
+// madeUp notes an image: the gaps found before it began are bridged.
+func (m *images) madeUp(began time.Time, id string) {
+	m.mu.Lock()
+	if m.gapAt.Before(began) {
+		m.gapAt = time.Time{}
+	}
+	m.gapAfter = time.Now().Add(max(gapImageAgain, 2*time.Since(began)))
+	m.mu.Unlock()
+	m.p.d.bridge(began, id)
+}
+
+func (m *images) putOff(until time.Time) {
+	m.mu.Lock()
+	m.gapAfter = until
+	m.mu.Unlock()
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
+
 // run takes images until ctx ends.
 func (m *images) run(ctx context.Context) {
 	plan := m.plan(ctx)
 	c := m.p.d.current()
 	if plan.exhausted(c.job, time.Now()) {
 		m.p.d.log.Error("the image failed for good: its last attempt ended with the runner", "attempts", c.job.Image.Retry.Attempts)
+	}
+	if !plan.GapAt.IsZero() {
+		m.afterGap(plan.GapAt)
 	}
 	var again time.Time // of the next attempt at an image that failed
 	excused := false    // the latest failure was PostgreSQL not running
@@ -113,6 +169,12 @@ func (m *images) run(ctx context.Context) {
 		at := plan.due(c.job, now)
 		if !again.IsZero() && c.job.Enabled {
 			at = again
+		}
+		forGap := false
+		due, lost := m.dueForGap()
+		plan.lost(lost)
+		if !due.IsZero() && plan.hasImage && c.job.Enabled && (at.IsZero() || due.Before(at)) {
+			at, forGap = due, true
 		}
 		m.mu.Lock()
 		m.next = at
@@ -133,6 +195,7 @@ func (m *images) run(ctx context.Context) {
 			now = time.Now()
 			if err := m.take(ctx, t); err == nil {
 				plan.taken(now)
+				m.madeUp(now, t.info.SID.String())
 				again = time.Time{}
 			}
 		case <-timer.C:
@@ -143,12 +206,21 @@ func (m *images) run(ctx context.Context) {
 			if t = m.begin(); t == nil {
 				break // a demand came first
 			}
+			wait := max(time.Duration(c.job.Image.Retry.Wait), time.Second)
+			if forGap {
+				m.p.d.log.Warn("an image is taken because wal was lost", "found_at", lost.UTC().Format(time.RFC3339))
+				if m.takeForGap(ctx, t, now, wait) {
+					plan.taken(now)
+					again = time.Time{}
+				}
+				break
+			}
 			plan.begin()
 			err := m.take(ctx, t)
-			wait := max(time.Duration(c.job.Image.Retry.Wait), time.Second)
 			switch {
 			case err == nil:
 				plan.taken(now)
+				m.madeUp(now, t.info.SID.String())
 				again, excused = time.Time{}, false
 			case ctx.Err() != nil:
 				plan.excuse() // it is due again when the runner is back
@@ -174,6 +246,22 @@ func (m *images) run(ctx context.Context) {
 		m.finish(t, nil, context.Cause(ctx))
 	default:
 	}
+}
+
+// takeForGap takes an image that the schedule knows nothing of: its failure takes none of the schedule's attempts away,
+// and it is tried until it is there.
+func (m *images) takeForGap(ctx context.Context, t *taking, now time.Time, wait time.Duration) bool {
+	switch err := m.take(ctx, t); {
+	case err == nil:
+		m.madeUp(now, t.info.SID.String())
+		return true
+	case serverAway(err):
+		m.putOff(time.Now().Add(serverAwayWait))
+	case ctx.Err() == nil:
+		m.putOff(time.Now().Add(wait))
+		m.p.d.log.Warn("the image that is to make up for lost wal will be tried again", "at", time.Now().Add(wait).Format(time.RFC3339))
+	}
+	return false
 }
 
 // serverAway tells whether an image failed because PostgreSQL does not run, or is only starting or stopping.

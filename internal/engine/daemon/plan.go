@@ -32,6 +32,9 @@ type memory struct {
 	// Attempts counts those at the image that is due, one that is under way included: an image that takes the runner down
 	// with it is not tried for ever.
 	Attempts int `json:"attempts,omitempty"`
+
+	// GapAt is when WAL was found lost that no image makes up for yet.
+	GapAt time.Time `json:"gap_at,omitzero"`
 }
 
 // plan reads what is remembered, and what the series has.
@@ -93,7 +96,15 @@ func (p *plan) due(j *job.Job, now time.Time) time.Time {
 // past were not missed.
 func (p *plan) changed(j *job.Job) {
 	if p.ConsideredAt.IsZero() || p.Schedule != scheduleOf(j) {
-		p.memory = memory{ConsideredAt: time.Now(), Schedule: scheduleOf(j)}
+		p.memory = memory{ConsideredAt: time.Now(), Schedule: scheduleOf(j), GapAt: p.GapAt}
+		p.save()
+	}
+}
+
+// lost notes when WAL was lost that no image makes up for; the zero time if one does.
+func (p *plan) lost(at time.Time) {
+	if !p.GapAt.Equal(at) {
+		p.GapAt = at.UTC().Round(0)
 		p.save()
 	}
 }
