@@ -170,7 +170,7 @@ func BenchmarkSegmentMap(b *testing.B) {
 	}
 	encoded, err := m.MarshalBinary()
 	must(b, err)
-	compressed, _ := compress(nil, encoded)
+	compressed, _ := compress(nil, encoded, Thorough)
 	b.Run("encode", func(b *testing.B) {
 		b.ReportAllocs()
 		for b.Loop() {

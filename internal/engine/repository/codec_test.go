@@ -102,7 +102,7 @@ func TestFrame_roundTrip(t *testing.T) {
 			t.Fatal(err)
 		}
 		number := rapid.Uint32().Draw(t, "number")
-		frame := appendFrame([]byte("before"), raw, flagLast, 7, rapid.Bool().Draw(t, "compressed"))[6:]
+		frame := appendFrame([]byte("before"), raw, flagLast, 7, rapid.SampledFrom([]Effort{uncompressed, Thorough, Hasty}).Draw(t, "effort"))[6:]
 		c.seal(number, frame)
 		var scratch []byte
 		got, h, err := openFrame(c, walContainer, number, frame, nil, &scratch)
@@ -286,10 +286,10 @@ func FuzzFrames(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		b := appendFrame(nil, first, 0, 0, false)
+		b := appendFrame(nil, first, 0, 0, uncompressed)
 		c.seal(0, b)
 		start := len(b)
-		b = appendFrame(b, second, flagLast, items, false)
+		b = appendFrame(b, second, flagLast, items, uncompressed)
 		h := frameHeader{stored: uint32(len(second)), raw: uint32(len(second)), codec: codec(code), flags: flagLast, items: items}
 		if codec(code) == codecZstd {
 			h.raw = maxStreamRaw

@@ -339,14 +339,12 @@ func grow(b []byte, n int) []byte {
 	return g
 }
 
-// appendFrame compresses raw and appends it as an unsealed frame: the room for its tag is left empty.
-func appendFrame(b, raw []byte, flags uint8, items uint32, compressed bool) []byte {
+// appendFrame compresses raw, or not if effort is uncompressed, and appends it as an unsealed frame: the room for its tag
+// is left empty.
+func appendFrame(b, raw []byte, flags uint8, items uint32, effort Effort) []byte {
 	start := len(b)
 	b = append(b, make([]byte, frameHeaderSize)...)
-	c := codecRaw
-	if compressed {
-		b, c = compress(b, raw)
-	}
+	b, c := compress(b, raw, effort)
 	if c == codecRaw {
 		b = append(b, raw...)
 	}

@@ -194,7 +194,7 @@ func (w *ImageWriter) write(ctx context.Context, kind ObjectKind, raw []byte) (F
 	defer scratches.put(s)
 	payload, c := raw, codecRaw
 	if w.o.Compression == "zstd" {
-		if s.b, c = compress(s.b[:0], raw); c == codecZstd {
+		if s.b, c = compress(s.b[:0], raw, Thorough); c == codecZstd {
 			payload = s.b
 		}
 	}

@@ -188,7 +188,7 @@ func encodeManifest(key string, m *Manifest, session *sessionKey, salt [saltSize
 			flags = flagLast
 		}
 		start := len(out)
-		out = appendFrame(out, raw, flags, uint32(items), true)
+		out = appendFrame(out, raw, flags, uint32(items), Thorough)
 		c.seal(number, out[start:])
 		number++
 		return nil

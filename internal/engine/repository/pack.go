@@ -68,7 +68,7 @@ func (p *pack) finish() {
 		directory = binary.BigEndian.AppendUint32(directory, e.raw)
 	}
 	start := len(p.buf)
-	p.buf = appendFrame(p.buf, directory, flagLast|flagDirectory, uint32(len(p.entries)), true)
+	p.buf = appendFrame(p.buf, directory, flagLast|flagDirectory, uint32(len(p.entries)), Thorough)
 	p.cipher.seal(uint32(len(p.entries)), p.buf[start:])
 	end := len(p.buf)
 	p.buf = binary.BigEndian.AppendUint32(p.buf, uint32(start))

@@ -374,5 +374,5 @@ func eachWALFrame(ctx context.Context, raw io.ReaderAt, size int64, fn func(part
 
 // appendWALFrame is appendFrame with an effort.
 func appendWALFrame(b, part []byte, flags uint8, effort Effort) []byte {
-	return appendFrame(b, part, flags, 0, true)
+	return appendFrame(b, part, flags, 0, effort)
 }

@@ -314,7 +314,7 @@ func (s *simulation) check(bytewise bool) {
 // requests and replies, on machines that fall asleep.
 func TestSimulation_everyLiveImageRestores(t *testing.T) {
 	// The compressor makes its channels at first use, which must not be inside of a bubble.
-	b, c := compress(nil, make([]byte, 1000))
+	b, c := compress(nil, make([]byte, 1000), Thorough)
 	if _, err := decompress(make([]byte, 0, 1000), b, c, 1000); err != nil {
 		t.Fatal(err)
 	}

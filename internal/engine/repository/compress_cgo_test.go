@@ -1,0 +1,5 @@
+//go:build cgo
+
+package repository
+
+func init() { libraries["C"] = newCZstd() }

@@ -1,0 +1,5 @@
+//go:build !cgo
+
+package repository
+
+var zstdLibrary implementation = newGoZstd()
