@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 )
 
 // GetStatus asks a runner for its status.
@@ -43,4 +44,25 @@ func Fail(err error) Answer {
 		a.Hint = h.Hint()
 	}
 	return a
+}
+
+// line is the answer to a plain request.
+func (a Answer) line(op Op) string {
+	switch {
+	case a.OK && op == OpFetch && !a.Found:
+		return "absent\n"
+	case a.OK && op == OpFetch && strings.ContainsAny(a.File, "\x00\n"):
+		return "no the name of the file does not fit on a line\n"
+	case a.OK && op == OpFetch:
+		return "ok " + a.File + "\n"
+	case a.OK:
+		return "ok\n"
+	case a.Again:
+		return "again\n"
+	}
+	text := "no " + a.Error
+	if a.Hint != "" {
+		text = strings.TrimSpace(text) + " (hint: " + a.Hint + ")"
+	}
+	return strings.Join(strings.Fields(text), " ") + "\n"
 }

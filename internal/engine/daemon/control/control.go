@@ -8,6 +8,16 @@
 //
 // An answer with "again" says no because the runner stops: the next one may say yes.
 //
+// A request with "plain" is answered with one line of text, for programs too small to read JSON, and without progress:
+//
+//	ok            done
+//	ok <file>     of fetch: where the verified file lies
+//	absent        of fetch: the archive ends before it
+//	again         as above
+//	no <message>  the error, its hint in brackets, line breaks replaced by spaces
+//
+// Whoever reads anything else asks again without "plain": a runner from before does not know it.
+//
 // Before its answer, a request of a kind that takes long ("image") may be sent progress lines: {"progress":"…"}.
 // Unknown fields are ignored by both sides. A request is at most 64 KiB. The one who asks may hang up at any time: an
 // upload or an image that goes on is not disturbed by it.
@@ -63,9 +73,7 @@ type Request struct {
 	Kind Kind   `json:"kind,omitempty"` // image
 	Name string `json:"name,omitempty"` // fetch: of the WAL file
 
-	// Plain asks for an answer that the smallest program can read, one line of text: "ok", "ok <file>" of a fetch, "absent"
-	// of a fetch, "again", or "no <message>".
-	Plain bool `json:"plain,omitempty"`
+	Plain bool `json:"plain,omitempty"` // answer with a line of text; see the package comment
 }
 
 // Answer is what comes back. Fields beside OK, Error and Hint belong to one operation each.
@@ -467,5 +475,11 @@ func serve(ctx context.Context, conn net.Conn, h Handler) {
 		return
 	}
 	// The answer is lost when the asker is gone; whoever it was asks again.
+	if r.Plain {
+		a := h(ctx, r, func(string) error { return nil })
+		_ = conn.SetWriteDeadline(time.Now().Add(10 * time.Second))
+		_, _ = io.WriteString(conn, a.line(r.Op))
+		return
+	}
 	_ = send(h(ctx, r, func(line string) error { return send(Answer{Progress: line}) }))
 }

@@ -3,6 +3,7 @@ package control
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -141,4 +142,47 @@ func TestAsk_contextEnds(t *testing.T) {
 		t.Errorf("got %v, expected the cause", err)
 	}
 	close(release)
+}
+
+func TestServe_plain(t *testing.T) {
+	for what, test := range map[string]struct {
+		request string
+		answer  Answer
+		expect  string
+	}{
+		"done":              {`{"op":"push","path":"/x","plain":true}`, Answer{OK: true}, "ok\n"},
+		"no":                {`{"op":"push","path":"/x","plain":true}`, Answer{Error: "it failed"}, "no it failed\n"},
+		"no, with a hint":   {`{"op":"push","path":"/x","plain":true}`, Fail(hinted{}), "no it failed (hint: try again)\n"},
+		"no, on many lines": {`{"op":"push","path":"/x","plain":true}`, Answer{Error: "it\r\nfailed\n", Hint: "try\n\nagain"}, "no it failed (hint: try again)\n"},
+		"the runner stops":  {`{"op":"push","path":"/x","plain":true}`, Answer{Error: "it stops", Again: true}, "again\n"},
+		"a file":            {`{"op":"fetch","name":"x","plain":true}`, Answer{OK: true, Found: true, File: "/ring/x y"}, "ok /ring/x y\n"},
+		"no file":           {`{"op":"fetch","name":"x","plain":true}`, Answer{OK: true}, "absent\n"},
+		"an odd file":       {`{"op":"fetch","name":"x","plain":true}`, Answer{OK: true, Found: true, File: "/ring\n/x"}, "no the name of the file does not fit on a line\n"},
+		"a failing fetch":   {`{"op":"fetch","name":"x","plain":true}`, Answer{Error: "a gap"}, "no a gap\n"},
+		"not plain":         {`{"op":"push","path":"/x"}`, Answer{OK: true}, `{"ok":false,"progress":"half"}` + "\n" + `{"ok":true}` + "\n"},
+	} {
+		t.Run(what, func(t *testing.T) {
+			socket := filepath.Join(t.TempDir(), "s")
+			serving(t, socket, func(_ context.Context, _ Request, progress func(string) error) Answer {
+				if err := progress("half"); err != nil {
+					t.Error(err)
+				}
+				return test.answer
+			})
+			conn, err := new(net.Dialer).DialContext(t.Context(), "unix", socket)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			if err := conn.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.WriteString(conn, test.request+"\n"); err != nil {
+				t.Fatal(err)
+			}
+			if b, err := io.ReadAll(conn); err != nil || string(b) != test.expect {
+				t.Errorf("got %q, %v; expected %q", b, err, test.expect)
+			}
+		})
+	}
 }
