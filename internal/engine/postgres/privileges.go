@@ -87,6 +87,10 @@ func GrantConnect(role string) string {
 	return "GRANT CONNECT ON DATABASE postgres TO " + QuoteRole(role)
 }
 
+// GrantReplication is the statement that lets a role stream WAL. It is no grant: the attribute is the role's own, and no
+// membership passes it on.
+func GrantReplication(role string) string { return "ALTER ROLE " + QuoteRole(role) + " REPLICATION" }
+
 // QuoteRole quotes a role's name for SQL, and only where it has to be: people read it.
 func QuoteRole(role string) string {
 	for i, c := range []byte(role) {
@@ -163,9 +167,10 @@ const (
 	RefusedConnect     Refusal = 3 // the role may not connect to the database
 	RefusedDatabase    Refusal = 4 // there is no such database
 	RefusedConnections Refusal = 5 // there are too many connections, of all or of the role
+	RefusedReplication Refusal = 6 // the role lacks the attribute REPLICATION
 )
 
-// RefusalOf judges an error of Connect.
+// RefusalOf judges an error of Connect and of ConnectReplication.
 func RefusalOf(err error) Refusal {
 	var pg *pgconn.PgError
 	if !errors.As(err, &pg) {
@@ -180,6 +185,9 @@ func RefusalOf(err error) Refusal {
 		}
 		return RefusedByHBA
 	case "42501":
+		if pg.Routine == "InitPostgres" { // postinit.c
+			return RefusedReplication
+		}
 		return RefusedConnect
 	case "3D000":
 		return RefusedDatabase

@@ -13,6 +13,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgproto3"
 )
@@ -81,8 +82,6 @@ func (e *TimelineEnd) Error() string {
 
 // ErrServerEnded says that the server has ended the stream in order, having sent all its WAL: it shuts down.
 var ErrServerEnded = errors.New("the server shuts down: it has sent all its WAL and ended the stream")
-
-var errReplicationNotBuilt = errors.New("not built yet")
 
 // maxReplicationMessage bounds what one message of the server may make us allocate. WAL comes in pieces of at most 128 KiB
 // (MAX_SEND_SIZE in walsender.c); history files, which come whole, are a line for each timeline.
@@ -155,32 +154,38 @@ func (r *Replication) EnsureSlot(ctx context.Context, slot string) (LSN, error) 
 	if !slotName.MatchString(slot) {
 		return 0, fmt.Errorf("replication slot %q: expected 1 to 63 lower case letters, digits and underscores", slot)
 	}
-	for replaced := false; ; {
-		_, err := r.command(ctx, "CREATE_REPLICATION_SLOT "+slot+" PHYSICAL RESERVE_WAL")
-		if err != nil && !isCode(err, "42710") { // duplicate_object
-			return 0, err
-		}
-		from, lost, err := r.slot(ctx, slot)
+	for made := 0; ; made++ {
+		kept, err := r.slot(ctx, slot)
 		if err != nil {
 			return 0, err
 		}
-		if !lost {
-			return from, nil
-		}
-		if replaced {
+		switch {
+		case kept.from != 0:
+			return kept.from, nil
+		case made > 1:
 			return 0, fmt.Errorf("replication slot %s: found no WAL reserved by it right after it was made", slot)
+		case kept.present:
+			if err := r.DropSlot(ctx, slot); err != nil {
+				return 0, err
+			}
 		}
-		if err := r.DropSlot(ctx, slot); err != nil {
+		_, err = r.command(ctx, "CREATE_REPLICATION_SLOT "+slot+" PHYSICAL RESERVE_WAL")
+		if err != nil && !isCode(err, "42710") { // duplicate_object: somebody was faster
 			return 0, err
 		}
-		replaced = true
 	}
+}
+
+// keptWAL is what a slot holds.
+type keptWAL struct {
+	present bool
+	from    LSN // 0: nothing, or not any more
 }
 
 // slot looks at a slot over a connection of its own: READ_REPLICATION_SLOT came with 15 and does not tell whether WAL was
 // lost.
-func (r *Replication) slot(ctx context.Context, slot string) (from LSN, lost bool, err error) {
-	fail := func(err error) (LSN, bool, error) { return 0, false, fmt.Errorf("replication slot %s: %w", slot, err) }
+func (r *Replication) slot(ctx context.Context, slot string) (keptWAL, error) {
+	fail := func(err error) (keptWAL, error) { return keptWAL{}, fmt.Errorf("replication slot %s: %w", slot, err) }
 	conn, err := Connect(ctx, r.options)
 	if err != nil {
 		return fail(err)
@@ -189,19 +194,21 @@ func (r *Replication) slot(ctx context.Context, slot string) (from LSN, lost boo
 	var kind, reserved, status string
 	err = conn.QueryRow(ctx, `select slot_type, coalesce(restart_lsn::text, ''), coalesce(wal_status, '')
 		from pg_catalog.pg_replication_slots where slot_name = $1`, slot).Scan(&kind, &reserved, &status)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return keptWAL{}, nil
+	case err != nil:
+		return fail(err)
+	case kind != "physical":
+		return fail(fmt.Errorf("found a %s slot, expected a physical one: drop it, or give the job another name", kind))
+	case reserved == "" || status == "lost":
+		return keptWAL{present: true}, nil
+	}
+	from, err := ParseLSN(reserved)
 	if err != nil {
 		return fail(err)
 	}
-	if kind != "physical" {
-		return fail(fmt.Errorf("found a %s slot, expected a physical one: drop it, or give the job another name", kind))
-	}
-	if reserved == "" || status == "lost" {
-		return 0, true, nil
-	}
-	if from, err = ParseLSN(reserved); err != nil {
-		return fail(err)
-	}
-	return from, false, nil
+	return keptWAL{present: true, from: from}, nil
 }
 
 // DropSlot removes a slot; one that is absent is no error, one that is in use is.
@@ -216,8 +223,9 @@ func (r *Replication) DropSlot(ctx context.Context, slot string) error {
 }
 
 // Start begins to stream t from a position, on a slot if one is named. If t ends just there, the error is a *TimelineEnd
-// at once. After a refusal by the server (a *pgconn.PgError, see IsWALRemoved) the connection can be used for another
-// command; after the end of ctx it cannot.
+// at once. After a refusal by the server (a *pgconn.PgError) the connection can be used for another command; after the end
+// of ctx it cannot. Servers see only when they begin to send that they do not have that WAL (IsWALRemoved), or not yet:
+// then the refusal comes with Receive.
 func (r *Replication) Start(ctx context.Context, t Timeline, from LSN, slot string) error {
 	command := "START_REPLICATION "
 	if slot != "" {
