@@ -26,7 +26,7 @@ identity, encrypted or not.
 	}
 	t := addTarget(cmd)
 	cmd.Flags().DurationVar(&o.Period, "period", 24*time.Hour, "length of the period that ends now")
-	cmd.Flags().DurationVar(&o.MaxDelay, "objective", 0, "how long WAL may take from complete to durable (default: the job's WAL interval, else 15m)")
+	cmd.Flags().DurationVar(&o.MaxDelay, "objective", 0, "how long WAL may take until it is durable (default: the job's max_lag or interval, else 15m)")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		if o.Period <= 0 || o.MaxDelay < 0 {
 			return usageError(fmt.Errorf("--period %v, --objective %v: expected positive durations", o.Period, o.MaxDelay))
@@ -102,6 +102,16 @@ func walRows(l session.WAL) [][]string {
 	if l.SLAPercent != nil {
 		rows = append(rows, []string{"  objective", fmt.Sprintf("%s met by %.1f %% of sessions, %d missed it, longest delay %s",
 			seconds(l.ObjectiveSeconds), *l.SLAPercent, l.Misses, seconds(l.MaxDelaySeconds))})
+	}
+	if l.WithinPercent != nil {
+		rows = append(rows, []string{"  lag", fmt.Sprintf("within it %.2f %% of the time, %s at most; %d tails, %s", *l.WithinPercent,
+			seconds(l.MaxLagSeconds), l.Tails, humanBytes(l.TailBytes))})
+	}
+	if l.Gaps > 0 {
+		rows = append(rows, []string{"  GAPS", fmt.Sprintf("WAL was lost in %d places", l.Gaps)})
+	}
+	if l.Spooled > 0 {
+		rows = append(rows, []string{"  spooled", fmt.Sprintf("%d files waited in the temporary folder", l.Spooled)})
 	}
 	if l.LastStoredAt != nil {
 		rows = append(rows, []string{"  last stored", fmt.Sprintf("%s at %s, %s ago", l.LastSegment, humanTime(*l.LastStoredAt), pointer(l.LagSeconds, seconds))})

@@ -29,11 +29,14 @@ type SessionRecord struct {
 	MaxDelay    float64   `json:"max_delay_seconds,omitempty"` // from segment full (.ready) to durable
 
 	// Of WAL sessions.
-	Spooled   int64   `json:"spooled,omitempty"`         // files that waited in the temporary folder
-	Gaps      int64   `json:"gaps,omitempty"`            // places where WAL was lost
-	Tails     int64   `json:"tails,omitempty"`           // pieces stored before their segments were whole
-	TailBytes int64   `json:"tail_bytes,omitempty"`      // the same, as stored
-	MaxLag    float64 `json:"max_lag_seconds,omitempty"` // longest time that streamed WAL was not durable; 0 without streaming
+	Spooled   int64 `json:"spooled,omitempty"`    // files that waited in the temporary folder
+	Gaps      int64 `json:"gaps,omitempty"`       // places where WAL was lost
+	Tails     int64 `json:"tails,omitempty"`      // pieces stored before their segments were whole
+	TailBytes int64 `json:"tail_bytes,omitempty"` // the same, as stored
+
+	// Of WAL sessions in continuous mode, where MaxLag is above 0, however small, once there was anything to judge.
+	MaxLag float64 `json:"max_lag_seconds,omitempty"` // longest time that written WAL was not durable
+	Late   float64 `json:"late_seconds,omitempty"`    // how long, in all, the lag was more than the job allows
 }
 
 type sessionDocument struct {

@@ -15,7 +15,7 @@ func compute(id repository.SeriesID, in *input, o Options) Series {
 	s := Series{Job: id.Job, Instance: id.Instance, SystemIdentifier: id.SystemID}
 	images, wal := in.sessions()
 	s.Images = computeImages(images, start)
-	s.WAL = computeWAL(wal, start, o.MaxDelay)
+	s.WAL = computeWAL(wal, start, o)
 	s.addHead(in.head, o)
 	s.addWAL(in.wal, in.head, o)
 	s.Status = s.status()
@@ -103,9 +103,9 @@ func computeImages(records []repository.SessionRecord, start time.Time) Images {
 	return s
 }
 
-func computeWAL(records []repository.SessionRecord, start time.Time, objective time.Duration) WAL {
-	s := WAL{ObjectiveSeconds: objective.Seconds()}
-	var d durations
+func computeWAL(records []repository.SessionRecord, start time.Time, o Options) WAL {
+	s := WAL{ObjectiveSeconds: o.MaxDelay.Seconds()}
+	var d, streamed durations
 	var sourceBytes int64
 	for _, r := range records {
 		if r.Result != Success {
@@ -124,11 +124,20 @@ func computeWAL(records []repository.SessionRecord, start time.Time, objective t
 		default:
 			s.SuccessCount++
 		}
-		if r.Result == Error || r.MaxDelay > objective.Seconds() {
+		if r.Result == Error || missed(r, o) {
 			s.Misses++
 		}
 		s.Failures += r.Failures
 		s.MaxDelaySeconds = max(s.MaxDelaySeconds, r.MaxDelay)
+		if r.MaxLag > 0 {
+			streamed.add(r)
+		}
+		s.MaxLagSeconds = max(s.MaxLagSeconds, r.MaxLag)
+		s.LateSeconds += r.Late
+		s.Tails += r.Tails
+		s.TailBytes += r.TailBytes
+		s.Spooled += r.Spooled
+		s.Gaps += r.Gaps
 		s.MaxSourceBytes = max(s.MaxSourceBytes, r.SourceBytes)
 		sourceBytes += r.SourceBytes
 	}
@@ -138,7 +147,22 @@ func computeWAL(records []repository.SessionRecord, start time.Time, objective t
 		percent := 100 * float64(d.n-s.Misses) / float64(d.n)
 		s.SLAPercent = &percent
 	}
+	if streamed.sum > 0 {
+		percent := 100 * (1 - min(s.LateSeconds/streamed.sum.Seconds(), 1))
+		s.WithinPercent = &percent
+	}
 	return s
+}
+
+// missed tells whether a session of WAL missed the objective (Options.MaxDelay).
+func missed(r repository.SessionRecord, o Options) bool {
+	if o.whole == 0 {
+		return max(r.MaxDelay, r.MaxLag) > o.MaxDelay.Seconds()
+	}
+	if r.MaxLag > 0 {
+		return r.Late > (1-withinShare)*r.CompletedAt.Sub(r.StartedAt).Seconds()
+	}
+	return r.MaxDelay > o.whole.Seconds()
 }
 
 // addHead adds what the head and the job say of now.
@@ -179,11 +203,20 @@ func (s *Series) addWAL(w walInput, h *repository.Head, o Options) {
 	if w.last == nil {
 		return
 	}
-	lag := max(o.Now.Sub(w.last.StoredAt), 0).Seconds()
-	s.WAL.LastStoredAt, s.WAL.LagSeconds = at(w.last.StoredAt), &lag
+	newest, commit := w.last.StoredAt, w.last.LastTime
+	if w.tail != nil {
+		if w.tail.StoredAt.After(newest) {
+			newest = w.tail.StoredAt
+		}
+		if w.tail.LastTime != nil {
+			commit = w.tail.LastTime
+		}
+	}
+	lag := max(o.Now.Sub(newest), 0).Seconds()
+	s.WAL.LastStoredAt, s.WAL.LagSeconds = at(newest), &lag
 	s.WAL.LastSegment, s.WAL.Timeline = w.last.Name, w.timeline
-	if w.last.LastTime != nil {
-		s.WAL.LastCommitAt = at(*w.last.LastTime)
+	if commit != nil {
+		s.WAL.LastCommitAt = at(*commit)
 	}
 }
 
@@ -205,7 +238,7 @@ func session(r repository.SessionRecord) *Session {
 		ID: r.ID, Result: r.Result, StartedAt: r.StartedAt.UTC(), CompletedAt: r.CompletedAt.UTC(),
 		DurationSeconds: max(r.CompletedAt.Sub(r.StartedAt), 0).Seconds(), Error: r.Error,
 		SourceBytes: r.SourceBytes, ReadBytes: r.ReadBytes, StoredBytes: r.StoredBytes, Ratio: ratio(r.SourceBytes, r.StoredBytes),
-		Segments: r.Segments, MaxDelaySeconds: r.MaxDelay,
+		Segments: r.Segments, MaxDelaySeconds: r.MaxDelay, MaxLagSeconds: r.MaxLag, Gaps: r.Gaps,
 	}
 }
 

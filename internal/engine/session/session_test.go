@@ -127,6 +127,50 @@ func TestCompute_wal(t *testing.T) {
 	}
 }
 
+func TestCompute_continuous(t *testing.T) {
+	j := &job.Job{Name: "orders", WAL: job.WAL{Mode: job.WALContinuous, Interval: job.Duration(time.Minute), MaxLag: job.Duration(time.Second)}}
+	on := func(r repository.SessionRecord, delay, lag, late float64) repository.SessionRecord {
+		r.MaxDelay, r.MaxLag, r.Late, r.Tails, r.TailBytes = delay, lag, late, 10, 1000
+		return r
+	}
+	gap := on(record("wal", Error, 2, 1), 1, 0.5, 0)
+	gap.Gaps, gap.Spooled = 1, 7
+	records := []repository.SessionRecord{
+		on(record("wal", Success, 20, 10), 2, 0.4, 0),
+		on(record("wal", Success, 10, 5), 2, 9, 12),  // 12 of 18,000 seconds
+		on(record("wal", Warning, 5, 1), 2, 300, 80), // 80 of 3,600 seconds
+		on(record("wal", Success, 4, 1), 800, 0, 0),  // streamed nothing: a segment may take 15 minutes
+		on(record("wal", Success, 3, 1), 901, 0, 0),
+		gap,
+	}
+	in := &input{head: emptyHead(), records: records, wal: walInput{
+		timeline: 1, segments: 1,
+		last: &repository.WALInfo{Name: "000000010000000000000002", Size: 16 << 20, StoredAt: hoursAgo(2), LastTime: new(hoursAgo(2.5))},
+		tail: &repository.WALInfo{StoredAt: hoursAgo(0.5), LastTime: new(hoursAgo(0.6))},
+	}}
+	s := compute(ordersID, in, defaults(Options{Job: j})).WAL
+	if s.ObjectiveSeconds != 1 || s.Misses != 3 || *s.SLAPercent != 50 {
+		t.Errorf("objective %v s, %d misses, %v %%; expected max_lag, missed by the late, the slow, and the one that failed", s.ObjectiveSeconds, s.Misses, *s.SLAPercent)
+	}
+	if s.LateSeconds != 92 || s.MaxLagSeconds != 300 || s.Tails != 60 || s.TailBytes != 6000 || s.Gaps != 1 || s.Spooled != 7 {
+		t.Errorf("sums: %+v", s)
+	}
+	if within := *s.WithinPercent; within < 99.84 || within > 99.86 {
+		t.Errorf("within max_lag for %v %% of 17 hours, expected all but 92 seconds", within)
+	}
+	if *s.LagSeconds != 1800 || !s.LastStoredAt.Equal(hoursAgo(0.5)) || !s.LastCommitAt.Equal(hoursAgo(0.6)) || s.LastSegment != "000000010000000000000002" {
+		t.Errorf("the tail is newer than the segment: %+v", s)
+	}
+	if s.Last.Gaps != 1 || s.Last.MaxLagSeconds != 0.5 {
+		t.Errorf("last session: %+v", s.Last)
+	}
+	// An objective that somebody names is one that no second may miss.
+	s = compute(ordersID, in, defaults(Options{Job: j, MaxDelay: 10 * time.Second})).WAL
+	if s.Misses != 4 || s.ObjectiveSeconds != 10 {
+		t.Errorf("%d misses of %v s, expected 4", s.Misses, s.ObjectiveSeconds)
+	}
+}
+
 func TestCompute_job(t *testing.T) {
 	j := &job.Job{Name: "orders", Enabled: true, Image: job.Image{Schedule: "0 22 * * *", Timezone: "UTC"}, WAL: job.WAL{Interval: job.Duration(5 * time.Minute)}}
 	head := emptyHead()
