@@ -1,7 +1,6 @@
 package wal
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -23,10 +22,11 @@ import (
 
 // Source is what a Fetcher needs of a series.
 type Source interface {
-	ID() repository.SeriesID
+	TailSource
 	Head(ctx context.Context) (*repository.Head, error)
 	GetWAL(ctx context.Context, name string, w io.Writer) (repository.WALInfo, error)
 	ListWAL(ctx context.Context, t postgres.Timeline, from string) iter.Seq2[repository.WALEntry, error]
+	ListTails(ctx context.Context, t postgres.Timeline, from, to postgres.LSN) iter.Seq2[repository.Tail, error]
 	Timelines(ctx context.Context) ([]postgres.Timeline, error)
 }
 
@@ -43,10 +43,14 @@ type FetcherOptions struct {
 	// A Fetcher of root gives files to the directory's owner.
 	Ring string
 
-	Prefetch    int                  // segments ahead; default 8, negative: none. Disk: as many segments and two more
-	Parallelism int                  // downloads at one time; default 4
+	// Prefetch is how many segments lie ready ahead; negative: none. Default: 8 at first and, when replay still has to
+	// wait, twice as many, up to 64, or 1 GiB, or an eighth of the space that is free. On disk are as many and two more.
+	Prefetch int
+
+	Parallelism int                  // most downloads ahead at one time; default 8, of which as many run as keep pace
 	SegmentSize postgres.SegmentSize // default: as the series' images say, else learned from the first segment
-	Until       postgres.LSN         // a segment that begins before it and is absent is a gap; 0: not known
+	Until       postgres.LSN         // WAL that ends before it is a gap; 0: not known
+	Stop        postgres.LSN         // recovery ends with the record that begins here: no gap behind it counts; 0: not known
 
 	RetryFor  time.Duration // how long an unreachable repository is tried; default 60 s
 	GapWait   time.Duration // how long a gap must last: uploads overtake one another at the end of a live archive; default 5 s
@@ -55,13 +59,10 @@ type FetcherOptions struct {
 }
 
 func (o *FetcherOptions) applyDefaults() {
-	if o.Prefetch == 0 {
-		// 128 MiB of default segments: replay takes some 10 of them a second at most.
-		o.Prefetch = 8
-	}
-	o.Prefetch = max(o.Prefetch, 0)
 	if o.Parallelism == 0 {
-		o.Parallelism = 4
+		// Decoding takes 40 to 70 ms of CPU a segment and replay about 100 ms: more than 8 are of use over long distances
+		// only, where a segment takes a second.
+		o.Parallelism = 8
 	}
 	if o.RetryFor == 0 {
 		o.RetryFor = time.Minute
@@ -78,28 +79,19 @@ func (o *FetcherOptions) applyDefaults() {
 type Fetcher struct {
 	o FetcherOptions
 
-	mu       sync.Mutex // guards what follows; nothing is called under it that blocks
-	source   Source
-	size     postgres.SegmentSize // 0: not known yet
-	ahead    map[string]*download
-	handed   []handedFile
-	serial   int
-	lastAsk  time.Time
-	asking   int
-	slots    chan struct{} // one for each download that runs ahead
-	base     context.Context
-	cancel   context.CancelFunc
-	running  sync.WaitGroup
-	prepared bool
-}
-
-// download is one file on its way, or in the ring.
-type download struct {
-	name   string
-	cancel context.CancelFunc
-	done   chan struct{} // Closed when file or err is set.
-	file   string
-	err    error // objectstore.ErrNotExist: absent
+	mu        sync.Mutex // guards what follows; nothing is called under it that blocks
+	source    Source
+	size      postgres.SegmentSize // 0: not known yet
+	ring      ring
+	histories map[postgres.Timeline]postgres.History // those that were found: they never change
+	handed    []handedFile
+	serial    int
+	lastAsk   time.Time
+	asking    int
+	base      context.Context
+	cancel    context.CancelFunc
+	running   sync.WaitGroup
+	prepared  bool
 }
 
 // handedFile is one that a client moves away.
@@ -123,7 +115,7 @@ func NewFetcher(o FetcherOptions) (*Fetcher, error) {
 	case !filepath.IsAbs(o.Ring):
 		return nil, fmt.Errorf("wal fetcher: ring directory %q: expected an absolute path", o.Ring)
 	}
-	f := &Fetcher{o: o, size: o.SegmentSize, ahead: make(map[string]*download), slots: make(chan struct{}, o.Parallelism)}
+	f := &Fetcher{o: o, size: o.SegmentSize, ring: newRing(), histories: make(map[postgres.Timeline]postgres.History)}
 	f.base, f.cancel = context.WithCancel(context.Background())
 	return f, nil
 }
@@ -131,13 +123,17 @@ func NewFetcher(o FetcherOptions) (*Fetcher, error) {
 // GapError says that WAL is missing in the middle of a series.
 type GapError struct {
 	Series  repository.SeriesID
-	Missing string       // name of the absent segment
+	Missing string       // name of the segment that is absent, or not there to its end
+	Reached postgres.LSN // how far it is there; 0: not at all
 	Later   string       // what is there and needs it; empty if Until says so
 	Until   postgres.LSN // the position that was to be reached
 }
 
 func (e *GapError) Error() string {
 	s := fmt.Sprintf("wal %s is missing in %s: ", e.Missing, e.Series)
+	if e.Reached != 0 {
+		s = fmt.Sprintf("wal %s in %s ends at %s: ", e.Missing, e.Series, e.Reached)
+	}
 	if e.Later != "" {
 		return s + e.Later + " is there and comes after it"
 	}
@@ -174,24 +170,31 @@ func (f *Fetcher) Fetch(ctx context.Context, name string) (file string, found bo
 	if err != nil {
 		return "", false, fmt.Errorf("fetch wal %s: %w", name, err)
 	}
-	if kind.Kind == postgres.SegmentFile {
-		f.prefetch(source, kind.Segment)
+	segment := kind.Kind == postgres.SegmentFile
+	if segment {
+		f.ask(source, kind.Segment)
 	}
 	file, err = f.get(ctx, source, name)
-	if err == nil {
-		if kind.Kind == postgres.SegmentFile {
-			f.prefetch(source, kind.Segment) // the first segment told the size
-		}
+	if segment && err == nil {
+		f.answer(source, kind.Segment) // the first segment told the size
+	}
+	var corrupt *repository.CorruptError
+	switch {
+	case err == nil:
 		return file, true, nil
-	}
-	if !errors.Is(err, objectstore.ErrNotExist) {
-		return "", false, fmt.Errorf("fetch wal %s of %s: %w", name, source.ID(), err)
-	}
-	if kind.Kind != postgres.SegmentFile {
+	case segment && errors.As(err, &corrupt):
+		// In a store that refuses deletions the tails that it replaced are still there.
+		if file := f.wholeFromTails(ctx, source, kind.Segment); file != "" {
+			f.o.Log.Warn("a damaged segment is replaced by what was streamed of it", "name", name, "error", err)
+			return file, true, nil
+		}
+	case errors.Is(err, objectstore.ErrNotExist) && segment:
+		return f.absent(ctx, source, kind.Segment)
+	case errors.Is(err, objectstore.ErrNotExist):
 		// PostgreSQL probes for timeline histories that need not exist.
 		return "", false, nil
 	}
-	return f.absent(ctx, source, kind.Segment)
+	return "", false, fmt.Errorf("fetch wal %s of %s: %w", name, source.ID(), err)
 }
 
 // prepare makes the ring.
@@ -276,42 +279,6 @@ func (f *Fetcher) retry(ctx context.Context, fn func() error) error {
 	}
 }
 
-// get returns the file of a download, one that runs ahead or its own.
-func (f *Fetcher) get(ctx context.Context, source Source, name string) (string, error) {
-	for {
-		f.mu.Lock()
-		d := f.ahead[name]
-		delete(f.ahead, name)
-		f.mu.Unlock()
-		if d == nil {
-			break
-		}
-		select {
-		case <-d.done:
-		case <-ctx.Done():
-			f.mu.Lock()
-			f.ahead[name] = d // it goes on, for who asks next
-			f.mu.Unlock()
-			return "", context.Cause(ctx)
-		}
-		if d.err == nil {
-			f.handOver(d.file)
-			return d.file, nil
-		}
-		// It ran ahead, some time ago: what it did not find may be there by now.
-	}
-	var file string
-	err := f.retry(ctx, func() (err error) {
-		file, err = f.download(ctx, source, name)
-		return err
-	})
-	if err != nil {
-		return "", err
-	}
-	f.handOver(file)
-	return file, nil
-}
-
 func (f *Fetcher) handOver(file string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -334,38 +301,96 @@ func (f *Fetcher) sweep() {
 
 // download gets one file into the ring, whole and verified.
 func (f *Fetcher) download(ctx context.Context, source Source, name string) (file string, err error) {
-	f.mu.Lock()
-	f.serial++
-	path := filepath.Join(f.o.Ring, "wal."+strconv.Itoa(f.serial)+"."+name)
-	f.mu.Unlock()
-	// The client moves it only after it was told that it is whole, so it needs no other name until then.
-	out, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	out, err := f.create(name)
 	if err != nil {
 		return "", err
 	}
-	defer func() {
-		if e := out.Close(); err == nil {
-			err = e
-		}
-		if err != nil {
-			_ = os.Remove(path) // swept with the ring otherwise
-		}
-	}()
-	if err := f.giveAway(out); err != nil {
-		return "", err
-	}
+	defer out.closeOrRemove(&err)
 	info, err := source.GetWAL(ctx, name, out)
 	if err != nil {
 		return "", err
 	}
-	if len(name) == len("000000010000000000000001") {
-		if size := postgres.SegmentSize(info.Size); size.Valid() {
-			f.mu.Lock()
-			f.size = size
-			f.mu.Unlock()
-		}
+	if _, err := postgres.ParseSegmentName(name); err == nil {
+		f.learn(postgres.SegmentSize(info.Size))
 	}
-	return path, nil
+	return out.Name(), nil
+}
+
+// learn notes the segments' size.
+func (f *Fetcher) learn(size postgres.SegmentSize) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if size.Valid() {
+		f.size = size
+	}
+}
+
+// segmentSize is the size of segments, as far as it is known.
+func (f *Fetcher) segmentSize() postgres.SegmentSize {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.size == 0 {
+		// A series without images, of which nothing was fetched yet.
+		return postgres.DefaultSegmentSize
+	}
+	return f.size
+}
+
+// ringFile is a file that is being written in the ring.
+type ringFile struct{ *os.File }
+
+// create makes a file in the ring. The client moves it only after it was told that it is whole, so it needs no other name
+// until then.
+func (f *Fetcher) create(name string) (*ringFile, error) {
+	f.mu.Lock()
+	f.serial++
+	path := filepath.Join(f.o.Ring, "wal."+strconv.Itoa(f.serial)+"."+name)
+	f.mu.Unlock()
+	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	out := &ringFile{file}
+	if err := f.giveAway(file); err != nil {
+		out.closeOrRemove(&err)
+		return nil, err
+	}
+	return out, nil
+}
+
+// closeOrRemove ends writing: a file that did not become whole goes.
+func (r *ringFile) closeOrRemove(err *error) {
+	if e := r.Close(); *err == nil {
+		*err = e
+	}
+	if *err != nil {
+		_ = os.Remove(r.Name()) // swept with the ring otherwise
+	}
+}
+
+// reset empties it, to be written anew.
+func (r *ringFile) reset() error {
+	if err := r.Truncate(0); err != nil {
+		return err
+	}
+	_, err := r.Seek(0, io.SeekStart)
+	return err
+}
+
+// fill completes it with zeros, which take up their space: PostgreSQL goes on to write into the file.
+func (r *ringFile) fill(size int64) error {
+	at, err := r.Seek(0, io.SeekEnd)
+	if err != nil {
+		return err
+	}
+	for at < size {
+		n, err := r.Write(zeros[:min(int64(len(zeros)), size-at)])
+		if err != nil {
+			return err
+		}
+		at += int64(n)
+	}
+	return nil
 }
 
 // giveAway makes the ring's owner the owner of a file: PostgreSQL keeps the file, and later writes into it.
@@ -382,161 +407,6 @@ func (f *Fetcher) giveAway(file *os.File) error {
 		return nil
 	}
 	return file.Chown(int(st.Uid), int(st.Gid))
-}
-
-// prefetch starts to get the segments behind segment, and drops what lies elsewhere.
-func (f *Fetcher) prefetch(source Source, segment postgres.SegmentName) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.size == 0 || f.o.Prefetch == 0 {
-		return
-	}
-	wanted := map[string]bool{string(segment): true}
-	next := segment
-	for range f.o.Prefetch {
-		next = next.Next(f.size)
-		wanted[string(next)] = true
-	}
-	for name, d := range f.ahead {
-		if !wanted[name] {
-			delete(f.ahead, name)
-			f.running.Go(func() {
-				d.cancel()
-				<-d.done
-				if d.err == nil {
-					_ = os.Remove(d.file) // swept with the ring otherwise
-				}
-			})
-		}
-	}
-	next = segment
-	for range f.o.Prefetch {
-		next = next.Next(f.size)
-		name := string(next)
-		if d := f.ahead[name]; d != nil {
-			select {
-			case <-d.done:
-				if d.err == nil {
-					continue
-				}
-				// Failed or not there yet: try again, now that the end may have moved on.
-			default:
-				continue
-			}
-		}
-		ctx, cancel := context.WithCancel(f.base)
-		d := &download{name: name, cancel: cancel, done: make(chan struct{})}
-		f.ahead[name] = d
-		f.running.Go(func() {
-			defer cancel()
-			defer close(d.done)
-			select {
-			case f.slots <- struct{}{}:
-				defer func() { <-f.slots }()
-			case <-ctx.Done():
-				d.err = ctx.Err()
-				return
-			}
-			d.file, d.err = f.download(ctx, source, name)
-		})
-	}
-}
-
-// absent finds out what it means that segment is not in the archive.
-func (f *Fetcher) absent(ctx context.Context, source Source, segment postgres.SegmentName) (string, bool, error) {
-	name := string(segment)
-	deadline := time.Now().Add(f.o.GapWait)
-	for {
-		var gap *GapError
-		err := f.retry(ctx, func() (err error) {
-			gap, err = f.gap(ctx, source, segment)
-			return err
-		})
-		if err != nil {
-			return "", false, fmt.Errorf("fetch wal %s of %s: find out whether it is the end: %w", name, source.ID(), err)
-		}
-		if gap == nil || gap.Later == "" {
-			// The unfinished segment that a timeline ended with holds all there is of it.
-			switch file, err := f.get(ctx, source, name+".partial"); {
-			case err == nil:
-				return file, true, nil
-			case !errors.Is(err, objectstore.ErrNotExist):
-				return "", false, fmt.Errorf("fetch wal %s.partial of %s: %w", name, source.ID(), err)
-			}
-		}
-		if gap == nil {
-			return "", false, nil
-		}
-		if !time.Now().Before(deadline) {
-			return "", false, gap
-		}
-		// Segments are uploaded several at a time, and may arrive out of order.
-		select {
-		case <-time.After(min(time.Second, time.Until(deadline))):
-		case <-ctx.Done():
-			return "", false, context.Cause(ctx)
-		}
-		switch file, err := f.get(ctx, source, name); {
-		case err == nil:
-			return file, true, nil
-		case !errors.Is(err, objectstore.ErrNotExist):
-			return "", false, fmt.Errorf("fetch wal %s of %s: %w", name, source.ID(), err)
-		}
-	}
-}
-
-// gap looks for something that needs the absent segment; nil if there is nothing.
-func (f *Fetcher) gap(ctx context.Context, source Source, segment postgres.SegmentName) (*GapError, error) {
-	name, timeline := string(segment), segment.Timeline()
-	for e, err := range source.ListWAL(ctx, timeline, name) {
-		if err != nil {
-			return nil, err
-		}
-		later, err := postgres.ParseWALFile(e.Name)
-		if err != nil || later.Kind == postgres.HistoryFile || later.Kind == postgres.BackupFile || later.Segment <= segment {
-			continue
-		}
-		return &GapError{Series: source.ID(), Missing: name, Later: e.Name}, nil
-	}
-
-	f.mu.Lock()
-	size := f.size
-	f.mu.Unlock()
-	if size == 0 {
-		// A series without images, of which nothing was fetched yet.
-		size = postgres.DefaultSegmentSize
-	}
-	timelines, err := source.Timelines(ctx)
-	if err != nil {
-		return nil, err
-	}
-	for _, t := range timelines {
-		if t <= timeline {
-			continue // a timeline's ancestors have lower numbers
-		}
-		var b bytes.Buffer
-		if _, err := source.GetWAL(ctx, postgres.HistoryFileName(t), &b); err != nil {
-			if errors.Is(err, objectstore.ErrNotExist) {
-				continue // nothing says what it descends from
-			}
-			return nil, err
-		}
-		history, err := postgres.ParseHistory(t, b.Bytes())
-		if err != nil {
-			return nil, err
-		}
-		// A timeline that branches off within the segment has a segment of its own there, which begins with a copy.
-		if left, ok := history.SwitchPoint(timeline); ok && left >= segment.End(size) {
-			return &GapError{
-				Series: source.ID(), Missing: name,
-				Later: fmt.Sprintf("timeline %d, which branches off at %s,", t, left),
-			}, nil
-		}
-	}
-	if f.o.Until > segment.Start(size) {
-		return &GapError{Series: source.ID(), Missing: name, Until: f.o.Until}, nil
-	}
-	return nil, nil
 }
 
 // Serve answers Fetch's requests on a socket until ctx ends or nothing was asked for as long as IdleAfter says.

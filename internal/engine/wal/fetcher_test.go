@@ -137,13 +137,13 @@ func TestFetch_whatIsAbsent(t *testing.T) {
 			w.put(segment(1, 4))
 			w.putHistory(3, "2\t"+testSize.Start(9).String()+"\tx\n")
 		}, name: segment(1, 5)},
-		"must be reached":      {set: func(w *world) { w.put(segment(1, 4)) }, option: until(5), name: segment(1, 5), gap: "reach"},
-		"need not be reached":  {set: func(w *world) { w.put(segment(1, 4)) }, option: until(4), name: segment(1, 5)},
-		"reached by a partial": {set: func(w *world) { w.put(segment(1, 5) + ".partial") }, option: until(5), name: segment(1, 5), found: true},
-		"history that is not":  {set: func(w *world) { w.put(segment(1, 9)) }, name: "00000002.history"},
-		"history that is":      {set: func(w *world) { w.putHistory(2, history(100)) }, name: "00000002.history", found: true},
-		"partial that is not":  {set: func(w *world) { w.put(segment(1, 9)) }, name: segment(1, 5) + ".partial"},
-		"backup that is not":   {set: func(w *world) { w.put(segment(1, 9)) }, name: segment(1, 5) + ".00000028.backup"},
+		"must be reached":           {set: func(w *world) { w.put(segment(1, 4)) }, option: until(5), name: segment(1, 5), gap: "reach"},
+		"need not be reached":       {set: func(w *world) { w.put(segment(1, 4)) }, option: until(4), name: segment(1, 5)},
+		"a partial without records": {set: func(w *world) { w.put(segment(1, 5) + ".partial") }, option: until(5), name: segment(1, 5), gap: "reach"},
+		"history that is not":       {set: func(w *world) { w.put(segment(1, 9)) }, name: "00000002.history"},
+		"history that is":           {set: func(w *world) { w.putHistory(2, history(100)) }, name: "00000002.history", found: true},
+		"partial that is not":       {set: func(w *world) { w.put(segment(1, 9)) }, name: segment(1, 5) + ".partial"},
+		"backup that is not":        {set: func(w *world) { w.put(segment(1, 9)) }, name: segment(1, 5) + ".00000028.backup"},
 	} {
 		t.Run(what, func(t *testing.T) {
 			w := newWorld(t)
