@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/pgark/terraform-provider-pgark/internal/engine/daemon/control"
@@ -20,6 +21,8 @@ type counts struct {
 	lastError                       string
 	lastErrorAt                     time.Time
 	maxDelay                        time.Duration
+	spooled, gaps                   int64
+	lastGap                         string // what the latest one is
 }
 
 func (c *counts) stored(r Receipt, delay time.Duration) {
@@ -51,28 +54,37 @@ func (c *counts) add(o counts) {
 	c.failures += o.failures
 	c.conflicts += o.conflicts
 	c.maxDelay = max(c.maxDelay, o.maxDelay)
+	c.spooled += o.spooled
+	c.gaps += o.gaps
+	if c.lastGap == "" {
+		c.lastGap = o.lastGap
+	}
 	if c.lastErrorAt.Before(o.lastErrorAt) {
 		c.lastError, c.lastErrorAt = o.lastError, o.lastErrorAt
 	}
 }
 
-// Status counts since New, and looks at what waits.
+// Status counts since New, and looks at what waits. Mode, Stream, the positions and the lag are the caller's to fill in.
 func (s *Shipper) Status() control.WALStatus {
-	ready, err := s.ready()
+	pending, oldest, err := s.pending()
+	s.review()
 	s.mu.Lock()
-	c := s.counts
-	pending := ready[:0]
-	for _, name := range ready {
-		if f := s.files[name]; f == nil || f.state != fileStored {
-			pending = append(pending, name)
-		}
-	}
+	c, cond := s.counts, s.condition
+	gaps := slices.Clone(s.gaps)
 	s.mu.Unlock()
 
 	st := control.WALStatus{
 		Segments: c.segments, Bytes: c.bytes, StoredBytes: c.storedBytes,
 		Duplicates: c.duplicates, Failures: c.failures, Conflicts: c.conflicts,
-		Pending: len(pending), LastName: c.lastName, LastError: c.lastError, MaxDelaySeconds: c.maxDelay.Seconds(),
+		Pending: pending, OldestPending: oldest, LastName: c.lastName, LastError: c.lastError, MaxDelaySeconds: c.maxDelay.Seconds(),
+		State: cond.wal, Since: cond.since, Reason: cond.reason, Store: cond.store, Gaps: gaps, GapCount: c.gaps,
+	}
+	if st.Gaps == nil {
+		st.Gaps = []control.WALGap{}
+	}
+	if s.spool != nil {
+		spool := s.spool.Status()
+		st.Spool = &spool
 	}
 	if !c.lastAt.IsZero() {
 		st.LastStoredAt = &c.lastAt
@@ -84,18 +96,52 @@ func (s *Shipper) Status() control.WALStatus {
 		now := time.Now()
 		st.LastError, st.LastErrorAt = err.Error(), &now
 	}
-	for _, name := range pending {
+	return st
+}
+
+// pending counts what PostgreSQL has finished and was not told about, and is not durable.
+func (s *Shipper) pending() (n int, oldest *time.Time, err error) {
+	ready, err := s.ready()
+	s.mu.Lock()
+	names := ready[:0]
+	for _, name := range ready {
+		if f := s.files[name]; f == nil || f.state != fileStored && f.state != fileSpooled {
+			names = append(names, name)
+		}
+	}
+	s.mu.Unlock()
+	for _, name := range names {
 		info, err := os.Stat(filepath.Join(s.walDir, "archive_status", name+".ready"))
 		if err != nil {
 			continue // acknowledged meanwhile
 		}
-		if at := info.ModTime(); st.OldestPending == nil || at.Before(*st.OldestPending) {
-			st.OldestPending = &at
+		if at := info.ModTime(); oldest == nil || at.Before(*oldest) {
+			oldest = &at
 		}
 		// Names are in the order in which PostgreSQL finished the files, but for histories, which are few and quick.
 		break
 	}
-	return st
+	return len(names), oldest, err
+}
+
+// Waiting counts the files that PostgreSQL has finished and that are not in the repository, those in the temporary folder
+// included, and tells since when the oldest of them has waited; zero if there is none.
+func (s *Shipper) Waiting() (files int, oldest time.Time) {
+	n, at, err := s.pending()
+	if err != nil {
+		n, at = 0, nil
+	}
+	if at != nil {
+		oldest = *at
+	}
+	if s.spool != nil {
+		spool := s.spool.Status()
+		n += spool.Files
+		if spool.Oldest != nil && (oldest.IsZero() || spool.Oldest.Before(oldest)) {
+			oldest = *spool.Oldest
+		}
+	}
+	return n, oldest
 }
 
 // EndSession writes the session record of what was shipped since the last one, if anything was or failed, and begins a
@@ -112,12 +158,14 @@ func (s *Shipper) EndSession(ctx context.Context) error {
 	r := repository.SessionRecord{
 		Kind: "wal", Result: "success", StartedAt: began.UTC(), CompletedAt: now.UTC(), Host: s.o.Host,
 		SourceBytes: c.bytes, ReadBytes: c.bytes, StoredBytes: c.storedBytes,
-		Segments: c.segments, Failures: c.failures, MaxDelay: c.maxDelay.Seconds(),
+		Segments: c.segments, Failures: c.failures, MaxDelay: c.maxDelay.Seconds(), Spooled: c.spooled, Gaps: c.gaps,
 	}
 	switch {
+	case c.gaps > 0:
+		r.Result, r.Error = "error", c.lastGap
 	case c.conflicts > 0:
 		r.Result, r.Error = "error", c.lastError
-	case c.failures > 0:
+	case c.failures > 0, c.spooled > 0:
 		// What failed was tried again; what did not get through shows as a failure of the next session.
 		r.Result, r.Error = "warning", c.lastError
 	}

@@ -21,7 +21,9 @@ func (s *Shipper) check(r *reading, kind postgres.WALFile) error {
 		return err
 	}
 	scanner := postgres.NewSegmentScanner(kind.Segment, s.o.SegmentSize)
-	if _, err := io.Copy(scanner, io.NewSectionReader(r.content, 0, r.info.Size)); err != nil {
+	if r.memory != nil {
+		_, _ = scanner.Write(r.memory) // never fails
+	} else if _, err := io.Copy(scanner, io.NewSectionReader(r.content, 0, r.info.Size)); err != nil {
 		return err
 	}
 	scan := scanner.Result()

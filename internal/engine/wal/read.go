@@ -13,7 +13,7 @@ import (
 
 const (
 	// readInMemory is the largest file that is read once, into a buffer of its size; larger segments, which few clusters
-	// have, are read in place, once for checking and twice by repository.Series.PutWAL.
+	// have, are read in place, once for checking and twice by repository.Series.SealWAL.
 	readInMemory = 64 << 20
 
 	// maxText is more than a timeline history or a backup history can be.
@@ -44,6 +44,7 @@ func (*unsettledError) Error() string { return "it has been changed just now" }
 type reading struct {
 	info     repository.WALInfo
 	content  io.ReaderAt
+	memory   []byte // the same, if it is in memory
 	identity identity
 	began    time.Time
 	settled  bool
@@ -100,11 +101,11 @@ func (s *Shipper) read(name, path string, buffer []byte, asked bool) (*reading, 
 		if int64(cap(buffer)) < size {
 			buffer = make([]byte, size)
 		}
-		content := buffer[:size]
-		if n, err := io.ReadFull(f, content); err != nil {
+		r.memory = buffer[:size]
+		if n, err := io.ReadFull(f, r.memory); err != nil {
 			return fail(fmt.Errorf("found %d bytes, expected %d: %w", n, size, err))
 		}
-		r.content = bytes.NewReader(content)
+		r.content = bytes.NewReader(r.memory)
 	} else {
 		r.content = f
 	}

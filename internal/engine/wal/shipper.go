@@ -11,12 +11,13 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
-	"slices"
-	"strings"
+	"runtime"
+	"strconv"
 	"sync"
 	"syscall"
 	"time"
 
+	"github.com/pgark/terraform-provider-pgark/internal/engine/daemon/control"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/postgres"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/repository"
 )
@@ -24,8 +25,12 @@ import (
 // Archive is what a Shipper needs of a series.
 type Archive interface {
 	ID() repository.SeriesID
-	PutWAL(ctx context.Context, info repository.WALInfo, raw io.ReaderAt) (stored bool, storedSize int64, err error)
+	SealWAL(ctx context.Context, info repository.WALInfo, raw io.ReaderAt, effort repository.Effort) (*repository.SealedWAL, error)
+	PutSealed(ctx context.Context, w *repository.SealedWAL) (stored bool, storedSize int64, err error)
+	ReadSealed(name string, body io.ReadSeekCloser) (*repository.SealedWAL, error)
 	ListWAL(ctx context.Context, t postgres.Timeline, from string) iter.Seq2[repository.WALEntry, error]
+	StatWAL(ctx context.Context, name string) (repository.WALInfo, error)
+	Head(ctx context.Context) (*repository.Head, error)
 	PutSession(ctx context.Context, r repository.SessionRecord) error
 }
 
@@ -38,19 +43,32 @@ type Options struct {
 	SystemID      postgres.SystemID
 	SegmentSize   postgres.SegmentSize
 
-	Repository  string        // its URL, for messages
-	Host        string        // who ships, for the record
-	Parallelism int           // files in flight; default 4. Memory: twice its number of segments, at most 64 MiB each
+	Repository string // its URL, for messages
+	Host       string // who ships, for the record
+
+	// Parallelism is how many files are read, checked and compressed at one time; default: the number of CPUs, at most 8.
+	// How many are uploaded at one time follows from what that brings. Memory: memoryBudget, or one file if that is more.
+	Parallelism int
+	Adaptive    bool          // compress less while there is a backlog: a third of the CPU, up to twice the bytes
 	AnswerAfter time.Duration // a request is answered no when its file is not durable by then; default 30 s
 	Grace       time.Duration // what is in flight when Run ends may take as long; default 10 s
-	Log         *slog.Logger  // default: none
+	MaxLag      time.Duration // a repository that takes longer for a request is said to be slow; 0: none is
+
+	// SpoolDirectory is where files are kept while the repository is away, in a directory for the cluster; "": nowhere,
+	// PostgreSQL keeps them. SpoolLimit is what they may take, in bytes; 0: all that the file system has but a reserve.
+	SpoolDirectory string
+	SpoolLimit     int64
+
+	Stored    func(Receipt)        // called once a file is durable in the repository, maybe found there; it must not block
+	Gap       func(control.WALGap) // called once for each gap; it must not block
+	Streaming func() bool          // tells whether WAL is durable within MaxLag, before its segments are whole; nil: never
+	Log       *slog.Logger         // default: none
 }
 
 func (o *Options) applyDefaults() {
 	if o.Parallelism == 0 {
-		// Compression takes most of the time near the repository, round trips do far from it; four keep two cores and a
-		// store 100 ms away busy.
-		o.Parallelism = 4
+		// More would only wait for one another.
+		o.Parallelism = min(runtime.GOMAXPROCS(0), 8)
 	}
 	if o.AnswerAfter == 0 {
 		// PostgreSQL gives up three times a second apart, then waits for a minute: long enough to ride out a hiccup, short
@@ -66,16 +84,6 @@ func (o *Options) applyDefaults() {
 }
 
 const (
-	// scanEvery is how often archive_status is read when nobody asks. PostgreSQL asks for a file within milliseconds of
-	// finishing it; this is for files behind one that it is stuck with.
-	scanEvery = time.Second
-
-	// scanPause is the least time between two readings: with a long backlog each takes milliseconds.
-	scanPause = 100 * time.Millisecond
-
-	// queueAhead is how many files beyond those in flight are taken from one reading.
-	queueAhead = 64
-
 	// settle is more than a tick of any file system's clock (10 ms at HZ=100): a file that was quiet for as long before
 	// we began to read has other times if it changed since.
 	settle = 50 * time.Millisecond
@@ -83,33 +91,72 @@ const (
 	// keepBuffers is how long the buffers of files are kept with nothing to ship.
 	keepBuffers = 30 * time.Second
 
-	// rememberFiles is how many acknowledged files are kept in mind, for Wait and for PostgreSQL asking twice.
-	rememberFiles = 1024
-
+	// A file that failed by itself is tried again after a while.
 	backoffFirst = time.Second
 	backoffMost  = 15 * time.Second
 
-	// awayAnswer replaces AnswerAfter once the repository is known to be away: holding PostgreSQL any longer would not
-	// make the file arrive.
+	// awayAnswer replaces AnswerAfter while the repository takes nothing and nothing else does: holding PostgreSQL any
+	// longer would not make the file arrive.
 	awayAnswer = 5 * time.Second
+
+	// spoolRetry is how long a temporary folder that took no more is left alone.
+	spoolRetry = 5 * time.Second
+
+	// With more files waiting, they are compressed hastily; with fewer, thoroughly again.
+	hastyFrom = 32
+	hastyTo   = 8
+
+	// checkGapsEvery bounds how often the order of what was stored is looked at.
+	checkGapsEvery = 100 * time.Millisecond
+
+	// rememberGaps is how many are shown.
+	rememberGaps = 100
 )
 
 // Shipper ships one instance's WAL. Safe for concurrent use.
 type Shipper struct {
-	o      Options
-	walDir string
-	wake   chan struct{} // capacity 1: something for Run to look at
-	ended  chan struct{} // Closed when Run returns.
+	o        Options
+	walDir   string
+	spool    *Spool // nil: none
+	watcher  *watcher
+	gate     *gate
+	wake     chan struct{} // capacity 1: something for Run to look at
+	wakeGaps chan struct{} // capacity 1: something for the watcher to look at
+	ended    chan struct{} // Closed when Run returns.
 
-	mu      sync.Mutex // guards what follows; nothing is called under it that blocks
+	mu      sync.Mutex // guards what follows; nothing is called under it that blocks, and no lock but those of spool and gate taken
 	files   map[string]*file
+	queue   queue
 	done    []string      // names of stored files, oldest first
 	changed chan struct{} // closed and replaced whenever a file ends
 	counts  counts
 	session counts // the same since the last session record
 	began   time.Time
-	away    error // why the latest attempt failed, if it may pass; nil after a success
-	rescan  bool
+	gaps    []control.WALGap
+
+	scanned  time.Time
+	scanWait time.Duration // before the next scan that somebody wants
+	rescan   bool          // somebody wants one
+	blind    bool          // the latest one failed
+
+	health    health
+	condition condition
+	conflicts map[string]error // by name: what is kept from being stored by other content
+	conflict  error            // the latest of them
+
+	spoolErr  error     // why the temporary folder took no more, at the latest attempt
+	spoolWait time.Time // no attempt before
+
+	hasty     bool
+	shipping  int   // files in flight: preparing and behind
+	preparing int   // of them, those being read, checked and compressed
+	memory    int64 // that they hold
+	probing   bool  // one of the uploads in flight is to find out whether the repository is back
+	draining  map[string]bool
+	stuck     map[string]bool // in the temporary folder, and not to be tried again by this Run
+	sealed    int64           // bytes that the latest file was sealed to
+	buffers   [][]byte
+	worked    time.Time
 }
 
 // file is a WAL file in the Shipper's mind.
@@ -117,8 +164,13 @@ type file struct {
 	name     string
 	state    fileState
 	asked    int       // requests that wait for it now
+	urgent   bool      // one of them is new
+	passed   bool      // Completed: it is to be shipped though PostgreSQL may never ask for it
 	attempts int       // failed ones in a row
 	notUntil time.Time // no attempt before
+
+	in    *fileHeap // of the queue; nil: it does not wait
+	place int       // in it
 
 	// Of the latest attempt that read the file:
 	identity identity
@@ -133,7 +185,8 @@ type fileState int
 const (
 	fileWaiting  fileState = iota // to be shipped; err says why not yet
 	fileInFlight                  // a goroutine has it
-	fileStored                    // durable, as identity says
+	fileSpooled                   // durable in the temporary folder, as identity says
+	fileStored                    // durable in the repository, as identity says
 	fileRefused                   // err will not pass as long as the file is what it is
 )
 
@@ -160,11 +213,12 @@ type Receipt struct {
 	Name       string
 	Size       int64
 	StoredSize int64 // of the object, in the repository
-	Stored     bool  // false: it was in the repository already, with the same content
+	Stored     bool  // false: it was there already, with the same content
+	Spooled    bool  // it is in the temporary folder, and not in the repository yet
 	At         time.Time
 }
 
-// New prepares a Shipper; Run makes it work.
+// New prepares a Shipper; Run makes it work. A temporary folder that cannot be used is logged, and done without.
 func New(o Options) (*Shipper, error) {
 	o.applyDefaults()
 	switch {
@@ -176,16 +230,68 @@ func New(o Options) (*Shipper, error) {
 		return nil, errors.New("wal shipper: no system identifier given")
 	case !o.SegmentSize.Valid():
 		return nil, fmt.Errorf("wal shipper: segment size %d: expected a power of two from 1 MiB to 1 GiB", uint64(o.SegmentSize))
+	case o.SpoolDirectory != "" && !filepath.IsAbs(o.SpoolDirectory):
+		return nil, fmt.Errorf("wal shipper: temporary folder %q: expected an absolute path", o.SpoolDirectory)
 	}
-	return &Shipper{
-		o:       o,
-		walDir:  filepath.Join(o.DataDirectory, "pg_wal"),
-		wake:    make(chan struct{}, 1),
-		ended:   make(chan struct{}),
-		files:   make(map[string]*file),
-		changed: make(chan struct{}),
-		began:   time.Now(),
-	}, nil
+	now := time.Now()
+	s := &Shipper{
+		o:         o,
+		walDir:    filepath.Join(o.DataDirectory, "pg_wal"),
+		gate:      newGate(),
+		wake:      make(chan struct{}, 1),
+		wakeGaps:  make(chan struct{}, 1),
+		ended:     make(chan struct{}),
+		files:     make(map[string]*file),
+		queue:     newQueue(),
+		changed:   make(chan struct{}),
+		began:     now,
+		health:    health{maxLag: o.MaxLag, state: control.StoreReachable},
+		condition: condition{store: control.StoreReachable, wal: control.WALArchiving, since: now, storeSince: now},
+		conflicts: make(map[string]error),
+		draining:  make(map[string]bool),
+		stuck:     make(map[string]bool),
+	}
+	s.watcher = &watcher{archive: o.Series, walDir: s.walDir, size: o.SegmentSize, host: o.Host, held: s.held, alarm: s.alarm,
+		ship: func(name string) { s.Completed(postgres.SegmentName(name)) }}
+	if o.SpoolDirectory != "" {
+		s.openSpool()
+	}
+	return s, nil
+}
+
+// openSpool opens the cluster's part of the temporary folder: what an earlier cluster left there belongs to another
+// series.
+func (s *Shipper) openSpool() {
+	dir := filepath.Join(s.o.SpoolDirectory, s.o.SystemID.String())
+	spool, err := OpenSpool(dir, s.o.SpoolLimit)
+	if err != nil {
+		s.spoolErr = err
+		s.o.Log.Error("the temporary folder cannot be used: PostgreSQL keeps its wal while the repository is away", "error", err)
+		return
+	}
+	s.spool = spool
+	for _, name := range spool.Names() {
+		if kind, err := postgres.ParseWALFile(name); err == nil && kind.Kind == postgres.SegmentFile {
+			s.watcher.note(kind.Segment)
+		}
+	}
+	if n := spool.Files(); n > 0 {
+		s.o.Log.Info("wal of an earlier run waits in the temporary folder", "directory", dir, "files", n, "bytes", spool.Bytes())
+	}
+	others, err := os.ReadDir(s.o.SpoolDirectory)
+	if err != nil {
+		return // it was there a moment ago
+	}
+	for _, e := range others {
+		if _, err := strconv.ParseUint(e.Name(), 10, 64); err != nil || e.Name() == s.o.SystemID.String() {
+			continue
+		}
+		path := filepath.Join(s.o.SpoolDirectory, e.Name())
+		if left, err := filepath.Glob(filepath.Join(path, "*"+sealedSuffix)); err == nil && len(left) > 0 {
+			s.o.Log.Error("the temporary folder holds wal of another cluster that lived in this data directory and never reached the repository",
+				"directory", path, "files", len(left))
+		}
+	}
 }
 
 // ErrStopped says that the Shipper's Run has ended.
@@ -225,9 +331,10 @@ func (e *PendingError) Error() string {
 
 func (e *PendingError) Unwrap() error { return e.Err }
 
-// Ship returns once the file at path, one of this instance's finished WAL files, is durable in the repository, as it is
-// now. Other content under its name is *repository.WALConflictError, a file of another data directory *ForeignError.
-// When it takes too long, *PendingError, and the work goes on: so it does when ctx ends.
+// Ship returns once the file at path, one of this instance's finished WAL files, is durable as it is now: in the
+// repository, or while that is away in the temporary folder. Other content under its name is
+// *repository.WALConflictError, a file of another data directory *ForeignError. When it takes too long, *PendingError,
+// and the work goes on: so it does when ctx ends.
 func (s *Shipper) Ship(ctx context.Context, path string) (Receipt, error) {
 	name := filepath.Base(path)
 	if _, err := postgres.ParseWALFile(name); err != nil {
@@ -239,7 +346,7 @@ func (s *Shipper) Ship(ctx context.Context, path string) (Receipt, error) {
 	asked := time.Now()
 	s.mu.Lock()
 	limit := s.o.AnswerAfter
-	if s.away != nil {
+	if s.health.failing() && (s.spool == nil || s.spoolErr != nil) {
 		limit = min(limit, awayAnswer)
 	}
 	s.mu.Unlock()
@@ -257,37 +364,37 @@ func (s *Shipper) Ship(ctx context.Context, path string) (Receipt, error) {
 		s.mu.Lock()
 		f := s.files[name]
 		if f == nil {
-			f = &file{name: name}
-			s.files[name] = f
+			f = s.add(name)
+			if s.queue.len() < queueLow {
+				s.rescan = true
+			}
 		}
 		// What an attempt since asked has read is what PostgreSQL asks us to keep. So is what was read before, if the file
 		// is the same still.
 		fresh := f.identity == now && (f.settled || !f.readAt.Before(asked))
 		switch {
-		case f.state == fileStored && fresh:
+		case (f.state == fileStored || f.state == fileSpooled) && fresh:
 			r := f.receipt
 			s.mu.Unlock()
 			return r, nil
-		case f.state == fileRefused && fresh && !first:
-			err := f.err
-			s.mu.Unlock()
-			return Receipt{}, err
-		case f.state == fileRefused && fresh && time.Since(f.readAt) < backoffMost:
+		case f.state == fileRefused && fresh && (!first || time.Since(f.readAt) < backoffMost):
 			// PostgreSQL asks again every second or so; reading it each time would tell nothing new.
 			err := f.err
 			s.mu.Unlock()
 			return Receipt{}, err
-		case f.state == fileStored, f.state == fileRefused:
+		case f.state != fileInFlight && f.state != fileWaiting:
 			f.state, f.notUntil, f.attempts = fileWaiting, time.Time{}, 0
 		}
-		if first {
-			// A request is worth an attempt at once: its failure is what PostgreSQL is told.
-			f.notUntil = time.Time{}
+		f.asked++
+		if f.state == fileWaiting {
+			if first {
+				// A request is worth an attempt at once: its failure is what PostgreSQL is told.
+				f.notUntil, f.urgent = time.Time{}, true
+			}
+			s.queue.put(f, time.Now())
 		}
 		first = false
-		f.asked++
 		changed := s.changed
-		s.rescan = true
 		s.mu.Unlock()
 		s.poke()
 
@@ -306,7 +413,10 @@ func (s *Shipper) Ship(ctx context.Context, path string) (Receipt, error) {
 		f.asked--
 		why := f.err
 		if why == nil {
-			why = s.away
+			why = s.health.err
+		}
+		if why != nil && s.health.failing() && s.spoolErr != nil {
+			why = fmt.Errorf("%w; %w", why, s.spoolErr)
 		}
 		s.mu.Unlock()
 		if late {
@@ -316,6 +426,19 @@ func (s *Shipper) Ship(ctx context.Context, path string) (Receipt, error) {
 			return Receipt{}, err
 		}
 	}
+}
+
+// Completed says that a segment lies whole in pg_wal, as the stream that has passed its end knows before PostgreSQL has
+// marked it. It is shipped soon, also where PostgreSQL never asks for it: on a standby. It does not block.
+func (s *Shipper) Completed(name postgres.SegmentName) {
+	s.mu.Lock()
+	f := s.files[string(name)]
+	if f == nil {
+		f = s.add(string(name))
+	}
+	f.passed = true
+	s.mu.Unlock()
+	s.poke()
 }
 
 // ours checks that path lies in the protected instance's pg_wal, whatever names lead there.
@@ -338,25 +461,26 @@ func (s *Shipper) ours(path string) error {
 	return nil
 }
 
-func (s *Shipper) poke() {
+func (s *Shipper) poke() { poke(s.wake) }
+
+func poke(c chan struct{}) {
 	select {
-	case s.wake <- struct{}{}:
+	case c <- struct{}{}:
 	default:
 	}
 }
 
-// Run ships until ctx ends: what PostgreSQL has finished, and what Ship is asked for. What is in flight then gets
-// Options.Grace to end. It is called once.
+// Run ships until ctx ends: what PostgreSQL has finished, what the stream has passed, what Ship is asked for, and what is
+// left in the temporary folder. What is in flight then gets Options.Grace to end. It is called once.
 func (s *Shipper) Run(ctx context.Context) error {
 	defer close(s.ended)
 	work, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer cancel(ErrStopped)
-	var wg sync.WaitGroup
-	slots := make(chan struct{}, s.o.Parallelism)
-	buffers := make(chan []byte, s.o.Parallelism)
+	var wg, watching sync.WaitGroup
+	watching.Go(func() { s.watchGaps(ctx) })
+	defer watching.Wait()
+	poke(s.wakeGaps) // for what waits in the temporary folder
 
-	var scanned time.Time
-	worked := time.Now()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -374,250 +498,612 @@ func (s *Shipper) Run(ctx context.Context) error {
 		case <-s.wake:
 		case <-timer.C:
 		}
-
-		s.mu.Lock()
-		rescan := s.rescan
-		s.mu.Unlock()
-		if age := time.Since(scanned); age >= scanEvery || rescan && age >= scanPause {
+		if s.wantsScan() {
 			s.scan()
-			scanned = time.Now()
 		}
-
-	start:
 		for {
-			select {
-			case slots <- struct{}{}:
-			default:
-				break start // one that ends wakes us
+			t := s.next()
+			if t == nil {
+				break
 			}
-			f := s.pick()
-			if f == nil {
-				<-slots
-				break start
-			}
-			worked = time.Now()
 			wg.Go(func() {
-				var buffer []byte
-				select {
-				case buffer = <-buffers:
-				default:
-				}
-				buffer = s.attempt(work, f, buffer)
-				if buffer != nil {
-					buffers <- buffer // has room: no more goroutines than its capacity
-				}
-				<-slots
+				t(work)
 				s.poke()
 			})
 		}
-		if time.Since(worked) > keepBuffers {
-			select {
-			case <-buffers: // one a turn: the next busy hour makes new ones
-			default:
-			}
-		}
-		timer.Reset(s.idle(scanned))
+		s.review()
+		timer.Reset(s.idle())
 	}
 }
 
-// idle is how long Run may sleep.
-func (s *Shipper) idle(scanned time.Time) time.Duration {
+func (s *Shipper) wantsScan() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	next := scanned.Add(scanEvery)
+	age := time.Since(s.scanned)
+	return age >= max(scanEvery, s.scanWait) || s.rescan && age >= s.scanWait
+}
+
+// idle is how long Run may sleep.
+func (s *Shipper) idle() time.Duration {
+	now := time.Now()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	next := s.scanned.Add(max(scanEvery, s.scanWait))
 	if s.rescan {
-		next = scanned.Add(scanPause)
+		next = s.scanned.Add(s.scanWait)
 	}
-	for _, f := range s.files {
-		// One whose time has come waits for a slot; the attempt that frees it wakes us.
-		if f.state == fileWaiting && f.notUntil.After(time.Now()) && f.notUntil.Before(next) {
-			next = f.notUntil
+	sooner := func(t time.Time) {
+		// One whose time has come waits for a place; the file that frees it wakes us.
+		if t.After(now) && t.Before(next) {
+			next = t
 		}
+	}
+	sooner(s.queue.wake(now))
+	if s.health.failing() {
+		sooner(s.health.retry)
+		sooner(s.health.since.Add(failingAfter))
+		sooner(s.spoolWait)
+	}
+	if len(s.buffers) > 0 && s.preparing == 0 && now.Sub(s.worked) > keepBuffers {
+		s.buffers = nil // the next busy hour makes new ones
 	}
 	return max(time.Until(next), time.Millisecond)
 }
 
-// scan reads archive_status and queues what is finished and not known yet, in PostgreSQL's order. It forgets files that
-// PostgreSQL was told about long ago.
-func (s *Shipper) scan() {
-	ready, err := s.ready()
+// next decides what is to be done next, and takes note that it is being done; nil: nothing now.
+func (s *Shipper) next() func(ctx context.Context) {
+	now := time.Now()
+	limit := s.gate.limit()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.queue.wake(now)
+	f := s.queue.first()
+	ready := f != nil && s.preparing < s.o.Parallelism && (s.memory == 0 || s.memory+s.need() <= memoryBudget)
+
+	if s.health.failing() {
+		spooling := s.health.away(now) && s.spoolWorks(now)
+		// One upload at a time finds out whether the repository is back: of what has waited longest.
+		if !s.probing && (!now.Before(s.health.retry) || ready && f.urgent && !spooling) {
+			if name, ok := s.spooled(); ok {
+				s.probing = true
+				s.draining[name] = true
+				return func(ctx context.Context) { s.drain(ctx, name, true) }
+			}
+			if ready {
+				s.probing = true
+				return s.take(f, task{file: f, probe: true})
+			}
+		}
+		if ready && spooling {
+			return s.take(f, task{file: f, spool: true})
+		}
+		return nil
+	}
+
+	// Prepared files that wait for their upload are memory that does nothing; a few keep the pipe full.
+	if ready && s.shipping < limit+s.o.Parallelism {
+		return s.take(f, task{file: f})
+	}
+	share := limit
+	if f != nil || s.shipping > 0 {
+		share = max(1, limit/2) // what PostgreSQL has finished since is not to wait for what is safe for now
+	}
+	if len(s.draining) < share {
+		if name, ok := s.spooled(); ok {
+			s.draining[name] = true
+			return func(ctx context.Context) { s.drain(ctx, name, false) }
+		}
+	}
+	return nil
+}
+
+// spooled finds what is to be brought from the temporary folder next.
+func (s *Shipper) spooled() (string, bool) {
+	if s.spool == nil {
+		return "", false
+	}
+	return s.spool.First(func(name string) bool { return s.draining[name] || s.stuck[name] })
+}
+
+// spoolWorks tells whether the temporary folder is worth an attempt.
+func (s *Shipper) spoolWorks(now time.Time) bool {
+	if s.spool == nil || now.Before(s.spoolWait) {
+		return false
+	}
+	// To find out while sealing would cost the CPU time of a file each time.
+	if err := s.spool.Room(max(s.sealed, 1)); err != nil {
+		s.spoolErr, s.spoolWait = err, now.Add(spoolRetry)
+		return false
+	}
+	return true
+}
+
+// task is a file to be shipped.
+type task struct {
+	file   *file
+	spool  bool // into the temporary folder; else the repository
+	probe  bool // s.probing is for it
+	effort repository.Effort
+	memory int64
+}
+
+// take makes a file one that is in flight.
+func (s *Shipper) take(f *file, t task) func(ctx context.Context) {
+	waiting := s.queue.len()
+	switch {
+	case !s.o.Adaptive, waiting < hastyTo:
+		s.hasty = false
+	case waiting > hastyFrom:
+		s.hasty = true
+	}
+	if s.hasty {
+		t.effort = repository.Hasty
+	}
+	s.queue.drop(f)
+	f.state, f.urgent = fileInFlight, false
+	t.memory = s.need()
+	s.memory += t.memory
+	s.preparing++
+	s.shipping++
+	s.worked = time.Now()
+	return func(ctx context.Context) { s.ship(ctx, t) }
+}
+
+// need is the memory of a file that is prepared: itself, and about a third when compressed.
+func (s *Shipper) need() int64 {
+	size := int64(s.o.SegmentSize)
+	if size > readInMemory {
+		return 8 << 20 // it goes through a temporary file
+	}
+	return size + size/3
+}
+
+// ship does t.
+func (s *Shipper) ship(ctx context.Context, t task) {
+	f := t.file
+	r, w, err := s.prepare(ctx, t)
+	defer s.release(&t)
 	if err != nil {
-		s.o.Log.Warn("look for finished wal", "error", err)
+		s.failed(ctx, t, r, err, false)
 		return
 	}
-	present := make(map[string]bool, len(ready))
-	for _, name := range ready {
-		present[name] = true
+	defer w.Close()
+	if t.spool {
+		s.keep(ctx, t, r, w)
+		return
 	}
-
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.rescan = false
-	waiting := 0
-	for name, f := range s.files {
-		if f.state == fileWaiting {
-			if !present[name] && f.asked == 0 {
-				// Acknowledged by somebody else, or removed by hand: no longer ours to ship.
-				delete(s.files, name)
-				continue
-			}
-			waiting++
-		}
+	if err := s.gate.enter(ctx); err != nil {
+		s.failed(ctx, t, r, err, false)
+		return
 	}
-	for _, name := range ready {
-		if waiting >= queueAhead {
-			s.rescan = true
-			break
-		}
-		if s.files[name] == nil {
-			s.files[name] = &file{name: name}
-			waiting++
-		}
-	}
-	keep := s.done[:0]
-	for i, name := range s.done {
-		f := s.files[name]
-		switch {
-		case f == nil:
-		case len(s.done)-i > rememberFiles && !present[name] && f.asked == 0 && f.state != fileInFlight:
-			delete(s.files, name)
-		default:
-			keep = append(keep, name)
-		}
-	}
-	s.done = keep
-}
-
-// ready lists the names of finished files that PostgreSQL has no receipt for, in the order in which it asks: timeline
-// histories first, then by name (pgarch.c, ready_file_comparator; versions before 15 do the same file by file).
-func (s *Shipper) ready() ([]string, error) {
-	entries, err := os.ReadDir(filepath.Join(s.walDir, "archive_status"))
-	if err != nil {
-		return nil, err
-	}
-	var names []string
-	for _, e := range entries {
-		name, ok := strings.CutSuffix(e.Name(), ".ready")
-		if !ok {
-			continue
-		}
-		if _, err := postgres.ParseWALFile(name); err == nil {
-			names = append(names, name)
-		}
-	}
-	slices.SortFunc(names, order)
-	return names, nil
-}
-
-func order(a, b string) int {
-	ha, hb := strings.HasSuffix(a, ".history"), strings.HasSuffix(b, ".history")
-	switch {
-	case ha && !hb:
-		return -1
-	case hb && !ha:
-		return 1
-	}
-	return strings.Compare(a, b)
-}
-
-// pick takes the file that is to be shipped next: one that is asked for before others.
-func (s *Shipper) pick() *file {
+	began := time.Now()
+	stored, size, err := s.o.Series.PutSealed(ctx, w)
 	now := time.Now()
+	if err != nil {
+		s.gate.leave(0, now)
+		blamed, state := classify(err)
+		if blamed == blameStore && !errors.Is(context.Cause(ctx), ErrStopped) {
+			s.mu.Lock()
+			unlucky := s.health.failure(err, state, began, now)
+			spool := s.health.away(now) && s.spoolWorks(now)
+			s.mu.Unlock()
+			if spool {
+				s.o.Log.Debug("store wal", "name", f.name, "error", err)
+				s.keep(ctx, t, r, w)
+				return
+			}
+			s.failed(ctx, t, r, err, !unlucky)
+			return
+		}
+		s.failed(ctx, t, r, err, false)
+		return
+	}
+	uploaded := size
+	if !stored {
+		uploaded = 0
+	}
+	s.gate.leave(uploaded, now)
+	receipt := Receipt{Name: f.name, Size: r.info.Size, StoredSize: size, Stored: stored, At: now}
+	delay := now.Sub(s.finishedAt(f.name, r.identity))
+	if s.spool != nil && s.spool.Digest(f.name) == w.Info.Digest {
+		s.removeSpooled(f.name) // an earlier run had put it there
+	}
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	var best *file
-	for _, f := range s.files {
-		if f.state != fileWaiting || f.notUntil.After(now) {
-			continue
-		}
-		switch {
-		case best == nil, f.asked > 0 && best.asked == 0:
-			best = f
-		case (f.asked > 0) == (best.asked > 0) && order(f.name, best.name) < 0:
-			best = f
-		}
-	}
-	if best != nil {
-		best.state = fileInFlight
-	}
-	return best
+	s.health.succeeded(began, now, stored)
+	s.settleFile(f, r, fileStored, nil)
+	f.receipt = receipt
+	s.done = append(s.done, f.name)
+	s.counted(func(c *counts) { c.stored(receipt, delay) })
+	s.mu.Unlock()
+	s.o.Log.Debug("wal stored", "name", f.name, "stored_bytes", size, "new", stored, "delay", delay)
+	s.durable(receipt)
 }
 
-// attempt ships f once and notes what came of it. It returns the buffer for the next one.
-func (s *Shipper) attempt(ctx context.Context, f *file, buffer []byte) []byte {
+// prepare reads, checks and seals the file. The caller closes what it returns.
+func (s *Shipper) prepare(ctx context.Context, t task) (r *reading, w *repository.SealedWAL, err error) {
+	f := t.file
 	s.mu.Lock()
 	asked := f.asked > 0
+	var buffer []byte
+	if n := len(s.buffers); n > 0 {
+		buffer = s.buffers[n-1]
+		s.buffers = s.buffers[:n-1]
+	}
 	s.mu.Unlock()
 
-	path := filepath.Join(s.walDir, f.name)
-	r, buffer, err := s.read(f.name, path, buffer, asked)
-	defer r.close()
-	var stored, offered bool
-	var storedSize int64
+	r, buffer, err = s.read(f.name, filepath.Join(s.walDir, f.name), buffer, asked)
 	if err == nil {
-		offered = true
-		stored, storedSize, err = s.o.Series.PutWAL(ctx, r.info, r.content)
+		w, err = s.o.Series.SealWAL(ctx, r.info, r.content, t.effort)
 	}
-	now := time.Now()
-	delay := now.Sub(s.finishedAt(f.name, r.identity))
+	if err == nil && r.memory == nil {
+		// It was read once more meanwhile.
+		if info, e := r.file.Stat(); e != nil || identify(info) != r.identity {
+			_ = w.Close() // nobody has seen it
+			w, err, r.settled, r.began = nil, &unsettledError{}, false, time.Time{}
+		}
+	}
+	r.close()
 
 	s.mu.Lock()
+	s.preparing--
+	if buffer != nil {
+		s.buffers = append(s.buffers, buffer)
+	}
+	if w != nil {
+		s.sealed = w.Size
+	}
+	s.mu.Unlock()
+	s.poke() // a CPU is free
+	return r, w, err
+}
+
+// release ends a file's flight.
+func (s *Shipper) release(t *task) {
+	s.mu.Lock()
 	defer s.mu.Unlock()
-	defer func() {
-		close(s.changed)
-		s.changed = make(chan struct{})
-	}()
+	s.memory -= t.memory
+	s.shipping--
+	if t.probe {
+		s.probing = false
+	}
+}
+
+// settleFile notes what came of an attempt, and wakes those who wait. It is called with mu held.
+func (s *Shipper) settleFile(f *file, r *reading, state fileState, err error) {
 	f.identity, f.readAt, f.settled = r.identity, r.began, r.settled
-	f.err = err
+	f.state, f.err = state, err
+	if err == nil {
+		f.attempts = 0
+		delete(s.conflicts, f.name)
+	}
+	close(s.changed)
+	s.changed = make(chan struct{})
+}
+
+func (s *Shipper) counted(count func(c *counts)) {
+	count(&s.counts)
+	count(&s.session)
+}
+
+// durable tells others that a file is in the repository.
+func (s *Shipper) durable(r Receipt) {
+	s.there(r.Name)
+	if s.o.Stored != nil {
+		s.o.Stored(r)
+	}
+}
+
+// there tells the watcher that a file is safe.
+func (s *Shipper) there(name string) {
+	if kind, err := postgres.ParseWALFile(name); err == nil && kind.Kind == postgres.SegmentFile {
+		s.watcher.note(kind.Segment)
+		poke(s.wakeGaps)
+	}
+}
+
+// failed notes an attempt that came to nothing. again says that the file itself is not to blame, and need not wait.
+func (s *Shipper) failed(ctx context.Context, t task, r *reading, err error, again bool) {
+	f := t.file
+	now := time.Now()
 	var conflict *repository.WALConflictError
+	var kept *SpoolConflictError
 	var unsettled *unsettledError
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	switch {
-	case err == nil:
-		f.state, f.attempts = fileStored, 0
-		f.receipt = Receipt{Name: f.name, Size: r.info.Size, StoredSize: storedSize, Stored: stored, At: now}
-		s.away = nil
-		s.done = append(s.done, f.name)
-		for _, c := range []*counts{&s.counts, &s.session} {
-			c.stored(f.receipt, delay)
-		}
-		s.o.Log.Debug("wal stored", "name", f.name, "stored_bytes", storedSize, "new", stored, "delay", delay)
-		return buffer
 	case errors.As(err, &unsettled):
-		f.state, f.notUntil, f.err = fileWaiting, now.Add(settle), nil
-		return buffer
-	case errors.Is(err, fs.ErrNotExist) && r.began.IsZero() && !asked:
-		// It went between the reading of archive_status and ours.
+		s.settleFile(f, r, fileWaiting, nil)
+		f.notUntil = now.Add(settle)
+		s.queue.put(f, now)
+		return
+	case errors.Is(err, fs.ErrNotExist) && r.began.IsZero() && f.asked == 0:
+		// It went between our learning of it and the attempt.
+		s.settleFile(f, r, fileWaiting, nil)
 		delete(s.files, f.name)
-		return buffer
+		poke(s.wakeGaps)
+		return
 	case errors.Is(context.Cause(ctx), ErrStopped):
-		f.state = fileWaiting
-		return buffer
+		s.settleFile(f, r, fileWaiting, nil)
+		s.queue.put(f, now)
+		return
 	}
-	for _, c := range []*counts{&s.counts, &s.session} {
-		c.failed(err, now, errors.As(err, &conflict))
-	}
+	isConflict := errors.As(err, &conflict) || errors.As(err, &kept)
+	s.counted(func(c *counts) { c.failed(err, now, isConflict) })
 	level := slog.LevelWarn
-	if refused(err) {
-		f.state, level = fileRefused, slog.LevelError
-	} else {
-		f.state = fileWaiting
+	switch {
+	case refused(err):
+		s.settleFile(f, r, fileRefused, err)
+		level = slog.LevelError
+		if isConflict {
+			s.conflicts[f.name], s.conflict = err, err
+		}
+	case again:
+		// When the next file is tried is a matter of the repository.
+		s.settleFile(f, r, fileWaiting, err)
+		f.attempts++
+		f.notUntil = time.Time{}
+		s.queue.put(f, now)
+		if s.health.failed > 1 {
+			level = slog.LevelDebug // the state has been said
+		}
+	default:
+		s.settleFile(f, r, fileWaiting, err)
 		wait := min(backoffFirst<<min(f.attempts, 6), backoffMost)
 		wait = wait/2 + rand.N(wait) // so that the files which failed together do not come back together
 		f.attempts++
 		f.notUntil = now.Add(wait)
-		if offered {
-			s.away = err
-		}
+		s.queue.put(f, now)
 	}
 	s.o.Log.Log(ctx, level, "store wal", "name", f.name, "error", err, "attempt", f.attempts)
-	return buffer
+}
+
+// keep puts a sealed file into the temporary folder.
+func (s *Shipper) keep(ctx context.Context, t task, r *reading, w *repository.SealedWAL) {
+	f := t.file
+	err := s.spool.Put(w, s.o.Series.ReadSealed)
+	now := time.Now()
+	if err == nil {
+		receipt := Receipt{Name: f.name, Size: r.info.Size, Spooled: true, At: now}
+		s.mu.Lock()
+		s.spoolErr = nil
+		s.settleFile(f, r, fileSpooled, nil)
+		f.receipt = receipt
+		s.done = append(s.done, f.name)
+		s.counted(func(c *counts) { c.spooled++ })
+		s.mu.Unlock()
+		s.o.Log.Debug("wal kept in the temporary folder", "name", f.name, "bytes", w.Size)
+		s.there(f.name)
+		return
+	}
+	if refused(err) {
+		s.failed(ctx, t, r, err, false)
+		return
+	}
+	s.mu.Lock()
+	s.spoolErr, s.spoolWait = err, now.Add(spoolRetry)
+	s.mu.Unlock()
+	s.failed(ctx, t, r, err, true)
+}
+
+// drain brings a file from the temporary folder to the repository.
+func (s *Shipper) drain(ctx context.Context, name string, probe bool) {
+	defer func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.draining, name)
+		if probe {
+			s.probing = false
+		}
+	}()
+	if s.gate.enter(ctx) != nil {
+		return // we are stopping
+	}
+	began := time.Now()
+	w, err := s.spool.Read(name, s.o.Series.ReadSealed)
+	if err != nil {
+		s.gate.leave(0, time.Now())
+		s.damaged(name, err)
+		return
+	}
+	info := w.Info
+	kept := info.StoredAt
+	stored, size, err := s.o.Series.PutSealed(ctx, w)
+	_ = w.Close() // it was only read
+	now := time.Now()
+	if err != nil {
+		s.gate.leave(0, now)
+		s.notDrained(ctx, name, err, began)
+		return
+	}
+	uploaded := size
+	if !stored {
+		uploaded = 0
+	}
+	s.gate.leave(uploaded, now)
+	s.removeSpooled(name)
+	receipt := Receipt{Name: name, Size: info.Size, StoredSize: size, Stored: stored, At: now}
+	s.mu.Lock()
+	s.health.succeeded(began, now, stored)
+	s.counted(func(c *counts) { c.stored(receipt, now.Sub(kept)) })
+	if f := s.files[name]; f != nil && f.state == fileSpooled {
+		f.state, f.receipt = fileStored, receipt
+	}
+	delete(s.conflicts, name)
+	close(s.changed)
+	s.changed = make(chan struct{})
+	s.mu.Unlock()
+	s.o.Log.Debug("wal stored from the temporary folder", "name", name, "stored_bytes", size, "new", stored)
+	s.durable(receipt)
+}
+
+// notDrained notes that a file stays in the temporary folder.
+func (s *Shipper) notDrained(ctx context.Context, name string, err error, began time.Time) {
+	if errors.Is(context.Cause(ctx), ErrStopped) {
+		return
+	}
+	now := time.Now()
+	blamed, state := classify(err)
+	var conflict *repository.WALConflictError
+	isConflict := errors.As(err, &conflict)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.counted(func(c *counts) { c.failed(err, now, isConflict) })
+	level := slog.LevelDebug
+	switch {
+	case blamed == blameFile:
+		// Others go on. It stays for people to look at, and for the next run to try.
+		level = slog.LevelError
+		s.stuck[name] = true
+		s.conflicts[name], s.conflict = err, err
+	case s.health.failure(err, state, began, now) || s.health.failed == 1:
+		level = slog.LevelWarn
+	}
+	s.o.Log.Log(ctx, level, "store wal from the temporary folder", "name", name, "error", err)
+}
+
+// removeSpooled removes what is durable elsewhere.
+func (s *Shipper) removeSpooled(name string) {
+	err := s.spool.Remove(name)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err != nil {
+		s.stuck[name] = true // the next run finds it stored, and tries again
+		s.o.Log.Warn("remove stored wal from the temporary folder", "name", name, "error", err)
+		return
+	}
+	s.spoolErr, s.spoolWait = nil, time.Time{} // there is room
+}
+
+// damaged deals with a file in the temporary folder that cannot be stored: if PostgreSQL still has it, it is shipped once
+// more.
+func (s *Shipper) damaged(name string, err error) {
+	var broken *DamagedError
+	if !errors.As(err, &broken) {
+		s.mu.Lock()
+		s.stuck[name] = true
+		s.mu.Unlock()
+		s.o.Log.Error("read wal in the temporary folder: it will be tried again when the runner is started anew", "name", name, "error", err)
+		return
+	}
+	_, statErr := os.Stat(filepath.Join(s.walDir, name))
+	again := statErr == nil
+	s.o.Log.Error("wal in the temporary folder is damaged; the file is set aside", "name", name, "error", err, "pg_wal_has_it", again)
+	if err := s.spool.SetAside(name); err != nil {
+		s.o.Log.Error("set damaged wal aside", "error", err)
+		s.mu.Lock()
+		s.stuck[name] = true
+		s.mu.Unlock()
+	}
+	kind, err := postgres.ParseWALFile(name)
+	if err != nil {
+		return // OpenSpool takes no other
+	}
+	if !again {
+		if kind.Kind == postgres.SegmentFile {
+			s.watcher.lost(kind.Segment)
+		}
+		return
+	}
+	s.mu.Lock()
+	f := s.files[name]
+	if f == nil {
+		f = s.add(name)
+	} else if f.state == fileSpooled {
+		f.state, f.notUntil = fileWaiting, time.Time{}
+		s.queue.put(f, time.Now())
+	}
+	f.passed = true
+	s.mu.Unlock()
+}
+
+// conflicting tells whether other content keeps a file from being stored. It is called with mu held.
+func (s *Shipper) conflicting() bool { return len(s.conflicts) > 0 }
+
+// watchGaps looks for gaps until ctx ends.
+func (s *Shipper) watchGaps(ctx context.Context) {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.wakeGaps:
+		case <-timer.C:
+		}
+		again, err := s.watcher.check(ctx, time.Now())
+		wait := time.Hour // until something is stored
+		switch {
+		case err != nil:
+			s.o.Log.Debug("look for gaps in the wal", "error", err)
+			wait = 5 * time.Second
+		case again:
+			wait = lookEvery
+		}
+		timer.Reset(wait)
+		pause := time.NewTimer(checkGapsEvery)
+		select {
+		case <-ctx.Done():
+		case <-pause.C:
+		}
+		pause.Stop()
+	}
+}
+
+// held lists the segments of a range that are on their way, or there.
+func (s *Shipper) held(t postgres.Timeline, from, to uint64) []uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var all []uint64
+	look := func(name string, f *file) {
+		kind, err := postgres.ParseWALFile(name)
+		if err != nil || kind.Kind != postgres.SegmentFile || kind.Timeline != t || f.state == fileRefused {
+			return
+		}
+		if n := kind.Segment.Number(s.o.SegmentSize); n >= from && n <= to {
+			all = append(all, n)
+		}
+	}
+	if to-from < uint64(len(s.files)) {
+		for n := from; n <= to; n++ {
+			name := string(postgres.MakeSegmentName(t, n, s.o.SegmentSize))
+			if f := s.files[name]; f != nil {
+				look(name, f)
+			}
+		}
+		return all
+	}
+	for name, f := range s.files {
+		look(name, f)
+	}
+	return all
+}
+
+// alarm tells of a gap, everywhere.
+func (s *Shipper) alarm(g gap) {
+	c := g.control(s.o.SegmentSize, time.Now().UTC())
+	s.o.Log.Error("wal is lost: nothing between these positions can be recovered; a new image is needed, from which on everything can",
+		"first", g.names[0], "last", g.names[1], "segments", c.Segments, "start_lsn", c.StartLSN, "end_lsn", c.EndLSN)
+	s.mu.Lock()
+	s.gaps = append(s.gaps, c)
+	if n := len(s.gaps) - rememberGaps; n > 0 {
+		s.gaps = s.gaps[n:]
+	}
+	s.counted(func(n *counts) {
+		n.gaps++
+		n.lastGap = fmt.Sprintf("wal from %s to %s on timeline %d is lost", c.StartLSN, c.EndLSN, c.Timeline)
+	})
+	s.mu.Unlock()
+	if s.o.Gap != nil {
+		s.o.Gap(c)
+	}
 }
 
 // refused tells whether err stays as long as the file is what it is.
 func refused(err error) bool {
 	var conflict *repository.WALConflictError
+	var kept *SpoolConflictError
 	var invalid *InvalidError
-	return errors.As(err, &conflict) || errors.As(err, &invalid)
+	return errors.As(err, &conflict) || errors.As(err, &kept) || errors.As(err, &invalid)
 }
 
 // finishedAt is when PostgreSQL finished the file: it marked it so.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
-	"io"
 	"log/slog"
 	"math/rand/v2"
 	"os"
@@ -58,7 +57,7 @@ func newDataDirectory(t *testing.T) string {
 	return dir
 }
 
-// faultyArchive is the series, whose PutWAL fails while err is set, and counts.
+// faultyArchive is the series, whose PutSealed fails while err is set, and counts.
 type faultyArchive struct {
 	*repository.Series
 	mu    sync.Mutex
@@ -67,13 +66,13 @@ type faultyArchive struct {
 	calls map[string]int
 }
 
-func (a *faultyArchive) PutWAL(ctx context.Context, info repository.WALInfo, raw io.ReaderAt) (bool, int64, error) {
+func (a *faultyArchive) PutSealed(ctx context.Context, w *repository.SealedWAL) (bool, int64, error) {
 	a.mu.Lock()
 	err, hang := a.err, a.hang
 	if a.calls == nil {
 		a.calls = map[string]int{}
 	}
-	a.calls[info.Name]++
+	a.calls[w.Info.Name]++
 	a.mu.Unlock()
 	if hang != nil {
 		select {
@@ -85,7 +84,7 @@ func (a *faultyArchive) PutWAL(ctx context.Context, info repository.WALInfo, raw
 	if err != nil {
 		return false, 0, err
 	}
-	return a.Series.PutWAL(ctx, info, raw)
+	return a.Series.PutSealed(ctx, w)
 }
 
 func (a *faultyArchive) fail(err error) {
