@@ -2,7 +2,7 @@
 //
 // A [Repository] is a prefix of an [objectstore.Store]. It holds series, each of which is everything of one job,
 // instance and cluster: a log of head versions ([Series.Head]), images ([ImageWriter], [Image]), WAL files
-// ([Series.PutWAL]) and session records. The package knows formats, keys and the protocol by which several machines
+// ([Series.PutWAL]), tails of WAL ([Series.PutTail]) and session records. The package knows formats, keys and the protocol by which several machines
 // share a series without losing anything. It does not know what changed in a cluster (package image), which WAL a
 // restore needs (package restore), nor what may be deleted when (package retention).
 //
@@ -28,6 +28,8 @@
 //	    image/<sid>/pack/<n, 8 hex digits>       container: frames of file content
 //	    image/<sid>/map/<n, 8 hex digits>        container: frames that each hold one segment map
 //	    wal/<timeline, 8 HEX digits>/<name>      container: a WAL segment, .partial or .backup file
+//	    wal/<timeline, 8 HEX digits>/<start, 16 HEX digits>-<end, 16 HEX digits>.tail
+//	                                             container: a tail, the WAL from start to end
 //	    wal/<timeline, 8 HEX digits>.history     container: a timeline history file
 //	    session/<time>-<id>                      document: the account of a session; time as 20060102T150405.000000Z
 //
@@ -65,7 +67,7 @@
 //	offset  size  field
 //	0       8     "PGARKOBJ"
 //	8       1     format, 1
-//	9       1     kind: 1 pack, 2 map object, 3 manifest, 4 WAL object
+//	9       1     kind: 1 pack, 2 map object, 3 manifest, 4 WAL object (a tail, too)
 //	10      1     suite: 0 none, 1 AES-256-GCM
 //	11      1     0
 //	12      4     B, length of the key blob, at most 64 KiB; 0 in suite none
@@ -111,6 +113,19 @@
 //
 // A WAL object's frames are the file, 4 MiB each but the last; an empty file has one empty frame. A reader checks size
 // and digest of the whole against the meta data.
+//
+// # Tails
+//
+// A tail is WAL of a segment that was not whole yet: the bytes from one position to another, of one timeline and within
+// one segment. It begins at the segment's start or at a record's, and ends at a record's end or at the segment's. Its
+// object is a WAL object whose name, in the meta data too, is the last element of its key; its size is the difference of
+// the positions. Its bytes are those of the segment, page headers included.
+//
+// Tails of a segment may overlap, and one may hold all that others do: a writer that has stored [start, end) stores
+// [start, later end) next, and removes the first at its leisure. A reader that finds no whole segment takes a chain of
+// tails, the first from the segment's start, each that follows from a position at or below the end of the one before, and
+// pads with zeros what is missing to the segment's size. Where two tails overlap they have the same bytes. Once the whole
+// segment is stored its tails may be removed; where they cannot be, they do no harm.
 //
 // # Segment maps
 //
@@ -176,5 +191,6 @@
 // Readers of this and every later version read format 1. A change that a reader of format 1 would misunderstand raises
 // the number, in the objects concerned only; a reader meets a higher number with a *FormatError. Readers ignore members
 // that they do not know in all documents but heads: a head is written anew from the one before, and a writer that did
-// not know a member would lose it, so a new member in heads raises the format.
+// not know a member would lose it, so a new member in heads raises the format. Readers that do not know tails pass over
+// them, and recover what whole segments hold.
 package repository

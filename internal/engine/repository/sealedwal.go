@@ -241,7 +241,8 @@ func (s *Series) encodeWAL(ctx context.Context, key string, info WALInfo, sessio
 			_ = release() // never fails
 		}
 	}()
-	out = grow(out[:0], headerSize+int(info.Size)/3+64<<10)[:headerSize] // WAL compresses about 3:1; append grows it where not
+	// WAL compresses 4:1 or better, and compressing a frame wants room for all of it; append grows this where it is more.
+	out = grow(out[:0], headerSize+int(info.Size)/4+int(min(info.Size, maxStreamRaw))+64<<10)[:headerSize]
 	digest := blake3.New()
 	var starts []int
 	err = eachWALFrame(ctx, raw, info.Size, func(part []byte, flags uint8) error {
