@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -60,7 +61,8 @@ A runner that is being started anew, after an upgrade say, is waited for up to 2
 }
 
 // walPush is `pgark wal push` with the arguments after it; it returns the exit code. It reads its flags by hand, because
-// it is started once a segment, while PostgreSQL waits.
+// without the small client (client.c), which leaves the unusual to it, it is started once a segment, while PostgreSQL
+// waits.
 func walPush(args []string) int {
 	var jobName, instance, path string
 	for i := 0; i < len(args); i++ {
@@ -105,9 +107,9 @@ func walPush(args []string) int {
 
 func newWALFetchCommand() *cobra.Command {
 	var (
-		socket, ring, until string
-		prefetch            int
-		serve               bool
+		socket, ring, until, stop string
+		prefetch                  int
+		serve                     bool
 	)
 	cmd := &cobra.Command{
 		Use:   "fetch (--repository URL --series JOB/INSTANCE/SYSTEM-ID | --job JOB --instance INSTANCE) NAME PATH",
@@ -132,8 +134,9 @@ ends one minute after the last call.`,
 	t := addTarget(cmd)
 	f := cmd.Flags()
 	f.StringVar(&socket, "socket", "", "socket of a fetcher to ask first")
-	f.IntVar(&prefetch, "prefetch", 8, "segments to fetch ahead; negative for none")
+	f.IntVar(&prefetch, "prefetch", 0, "segments to fetch ahead; negative for none (default: 8, and up to 64 where replay has to wait)")
 	f.StringVar(&until, "until-lsn", "", "LSN that must be reached: a segment before it that is missing is an error")
+	f.StringVar(&stop, "stop-lsn", "", "LSN behind which recovery does not come: what is missing there is no error")
 	f.BoolVar(&serve, "serve", false, "be the process that fetches ahead")
 	f.StringVar(&ring, "ring", "", "directory for segments fetched ahead")
 	for _, internal := range []string{"serve", "ring", "json"} {
@@ -151,16 +154,16 @@ ends one minute after the last call.`,
 		var found bool
 		switch {
 		case serve:
-			err = t.serveWAL(cmd.Context(), ring, socket, prefetch, until)
+			err = t.serveWAL(cmd.Context(), wal.FetcherOptions{Ring: ring, Prefetch: prefetch}, socket, until, stop)
 			found = true
 		case socket != "":
 			found, err = wal.Fetch(cmd.Context(), socket, args[0], args[1])
 			// What served while a restore waited ends with it; a server that recovers on fetches by itself.
 			if errors.As(err, new(*control.NotRunningError)) && (t.Job != "" || t.Repository != "") {
-				found, err = wal.FetchDetached(cmd.Context(), args[0], args[1], detachedArguments(cmd))
+				found, err = wal.FetchDetached(cmd.Context(), args[0], args[1], detachedKey(cmd, os.Args), detachedArguments(cmd))
 			}
 		default:
-			found, err = wal.FetchDetached(cmd.Context(), args[0], args[1], detachedArguments(cmd))
+			found, err = wal.FetchDetached(cmd.Context(), args[0], args[1], detachedKey(cmd, os.Args), detachedArguments(cmd))
 		}
 		switch {
 		case err != nil:
@@ -173,11 +176,22 @@ ends one minute after the last call.`,
 	return cmd
 }
 
+// detachedKey tells fetchers of different targets apart: it is what stands between "wal fetch" and NAME in the command
+// line, because that is what the small client (client.c) sees. Where NAME and PATH do not come last, which the client
+// leaves to us, it is the flags.
+func detachedKey(cmd *cobra.Command, commandLine []string) []string {
+	positional := cmd.Flags().Args()
+	if end := len(commandLine) - len(positional); end >= 3 && slices.Equal(commandLine[end:], positional) {
+		return commandLine[3:end]
+	}
+	return detachedArguments(cmd)("", "")
+}
+
 // detachedArguments are the arguments with which the same target is served.
 func detachedArguments(cmd *cobra.Command) wal.Detached {
 	return func(ring, socket string) []string {
 		args := []string{"wal", "fetch", "--serve", "--ring", ring, "--socket", socket}
-		for _, name := range []string{"job", "instance", "repository", "series", "endpoint", "region", "path-style", "prefetch", "until-lsn"} {
+		for _, name := range []string{"job", "instance", "repository", "series", "endpoint", "region", "path-style", "prefetch", "until-lsn", "stop-lsn"} {
 			if f := cmd.Flags().Lookup(name); f.Changed {
 				args = append(args, "--"+name+"="+f.Value.String())
 			}
@@ -186,27 +200,27 @@ func detachedArguments(cmd *cobra.Command) wal.Detached {
 	}
 }
 
-func (t *target) serveWAL(ctx context.Context, ring, socket string, prefetch int, until string) error {
-	if ring == "" || socket == "" {
+func (t *target) serveWAL(ctx context.Context, o wal.FetcherOptions, socket, until, stop string) (err error) {
+	if o.Ring == "" || socket == "" {
 		return usageError(errors.New("wal fetch --serve needs --ring and --socket"))
 	}
-	o := wal.FetcherOptions{
-		Ring: ring, Prefetch: prefetch, IdleAfter: time.Minute,
-		Log: slog.New(slog.NewTextHandler(os.Stderr, nil)),
-		Open: func(ctx context.Context) (wal.Source, error) {
-			opened, err := t.open(ctx)
-			if err != nil {
-				return nil, err
-			}
-			return opened.one()
-		},
+	o.IdleAfter, o.Log = time.Minute, slog.New(slog.NewTextHandler(os.Stderr, nil))
+	o.Open = func(ctx context.Context) (wal.Source, error) {
+		opened, err := t.open(ctx)
+		if err != nil {
+			return nil, err
+		}
+		return opened.one()
 	}
 	if until != "" {
-		lsn, err := postgres.ParseLSN(until)
-		if err != nil {
+		if o.Until, err = postgres.ParseLSN(until); err != nil {
 			return usageError(fmt.Errorf("--until-lsn: %w", err))
 		}
-		o.Until = lsn
+	}
+	if stop != "" {
+		if o.Stop, err = postgres.ParseLSN(stop); err != nil {
+			return usageError(fmt.Errorf("--stop-lsn: %w", err))
+		}
 	}
 	return wal.ServeDetached(ctx, o, socket)
 }

@@ -43,7 +43,7 @@ func TestMain(m *testing.M) {
 		exit(wal.Push(ctx, wal.PushRequest{Socket: args[0], Path: args[1]}))
 	case "fetch":
 		location, series, name, path := args[0], args[1], args[2], args[3]
-		found, err := wal.FetchDetached(ctx, name, path, func(ring, socket string) []string {
+		found, err := wal.FetchDetached(ctx, name, path, nil, func(ring, socket string) []string {
 			return []string{"serve", ring, socket, location, series}
 		})
 		switch {
@@ -245,6 +245,16 @@ func (g *guest) run() {
 		_, err := control.GetStatus(context.Background(), g.socket())
 		return err == nil
 	})
+}
+
+// readLog is what the runner that runs has logged.
+func readLog(t testing.TB, g *guest) string {
+	t.Helper()
+	b, err := os.ReadFile(g.runner.log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
 }
 
 func (g *guest) status() *control.Status {

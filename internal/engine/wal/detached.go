@@ -2,17 +2,15 @@ package wal
 
 import (
 	"context"
-	"encoding/hex"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
-
-	"github.com/zeebo/blake3"
 
 	"github.com/pgark/terraform-provider-pgark/internal/engine/daemon/control"
 )
@@ -24,14 +22,13 @@ type Detached func(ring, socket string) []string
 const startTimeout = 15 * time.Second
 
 // FetchDetached is Fetch, through a Fetcher in a process of its own that lives in a directory beside path, and which is
-// started if it does not run. Fetchers for different arguments do not meet.
-func FetchDetached(ctx context.Context, name, path string, arguments Detached) (found bool, err error) {
+// started if it does not run. Fetchers for different keys do not meet; a key is made of what tells what to fetch from.
+func FetchDetached(ctx context.Context, name, path string, key []string, arguments Detached) (found bool, err error) {
 	path, err = filepath.Abs(path)
 	if err != nil {
 		return false, err
 	}
-	sum := blake3.Sum256([]byte(strings.Join(arguments("", ""), "\x00")))
-	ring := filepath.Join(filepath.Dir(path), ".pgark-fetch-"+hex.EncodeToString(sum[:4]))
+	ring := filepath.Join(filepath.Dir(path), detachedRing(key))
 	socket := filepath.Join(ring, "socket")
 	deadline := time.Now().Add(startTimeout)
 	for started := (time.Time{}); ; {
@@ -59,6 +56,17 @@ func FetchDetached(ctx context.Context, name, path string, arguments Detached) (
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
+}
+
+// detachedRing is the name of the directory of a Fetcher. The small client (runner/client.c) makes the same name: the hash,
+// of the key's elements with a NUL after each, is one that takes three lines in C. Two keys with one hash would be
+// served by one Fetcher; they come from whoever writes restore_command, who has nothing to gain by that.
+func detachedRing(key []string) string {
+	h := fnv.New64a()
+	for _, k := range key {
+		_, _ = h.Write(append([]byte(k), 0)) // a hash never fails
+	}
+	return fmt.Sprintf(".pgark-fetch-%016x", h.Sum64())
 }
 
 // claimRing makes the ring, and refuses one that others may write to.
