@@ -20,6 +20,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spf13/pflag"
+
 	"github.com/pgark/terraform-provider-pgark/internal/engine/daemon/control"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
 )
@@ -517,6 +519,28 @@ func TestFetch_nobody(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestFetch_everyFlag: a flag that the small client does not know makes every call a slow one.
+func TestFetch_everyFlag(t *testing.T) {
+	data := directory(t)
+	server := serve(t, filepath.Join(data, "s"), say(control.Answer{OK: true}))
+	args := []string{"wal", "fetch"}
+	newWALFetchCommand().Flags().VisitAll(func(f *pflag.Flag) {
+		switch {
+		case f.Name == "socket":
+			args = append(args, "--socket", filepath.Join(data, "s"))
+		case f.Name == "serve", f.Name == "ring", f.Name == "json": // not of restore_command
+		case f.Value.Type() == "bool":
+			args = append(args, "--"+f.Name)
+		default:
+			args = append(args, "--"+f.Name+"=1", "--"+f.Name, "1")
+		}
+	})
+	code, _, stderr := call{dir: data, args: append(args, segment, "RECOVERYXLOG")}.run(t, clients["C"])
+	if got := server.all(); code != 1 || len(got) != 1 || !got[0].Plain {
+		t.Errorf("%q: exit %d, asked %+v: %s", args, code, got, stderr)
+	}
 }
 
 // ringName is where the fetcher of a command line lives.

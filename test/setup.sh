@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what a target of the GNUmakefile needs and is missing, from apt, npm and Go modules only, and says so.
 #
+#   test/setup.sh build     gcc for amd64 and arm64
 #   test/setup.sh demo      PostgreSQL, a Terraform or OpenTofu CLI, an S3 server
 #   test/setup.sh test      the same, every PostgreSQL major, the guests, and the tools of the tests
 #   test/setup.sh guests    what boots whole Debian systems, and the systems
@@ -13,7 +14,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 tools="$PWD/.tools"
 mkdir -p "$tools/bin"
-what="${1:?usage: test/setup.sh demo|test|guests|lint|generate|bench}"
+what="${1:?usage: test/setup.sh build|demo|test|guests|lint|generate|bench}"
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 as_root() {
@@ -45,6 +46,19 @@ need_postgresql() {
 
 need_command() { # command package
   command -v "$1" >/dev/null || apt_install "$2"
+}
+
+# The runner is linked with libzstd and its small client, statically, for both architectures (runner/build.sh). Debian
+# calls the compiler of a foreign architecture by the same name as the machine's own.
+need_compilers() {
+  need_command gcc gcc
+  [ -e /usr/include/stdlib.h ] || apt_install libc6-dev
+  [ "$(uname -m)" = x86_64 ] || need_compiler x86_64-linux-gnu gcc-x86-64-linux-gnu libc6-dev-amd64-cross
+  [ "$(uname -m)" = aarch64 ] || need_compiler aarch64-linux-gnu gcc-aarch64-linux-gnu libc6-dev-arm64-cross
+}
+
+need_compiler() { # triplet package libc
+  command -v "$1-gcc" >/dev/null && [ -e "/usr/$1/lib/libc.a" ] || apt_install "$2" "$3"
 }
 
 # The tests start SSH servers of their own; the system's is not to run because of them.
@@ -97,6 +111,7 @@ need_guests() {
 command -v go >/dev/null || { say "Go is missing: install it (https://go.dev/dl) and run this again"; exit 1; }
 
 case "$what" in
+build) need_compilers ;;
 demo | bench)
   need_postgresql
   need_command setpriv util-linux
@@ -105,8 +120,7 @@ demo | bench)
   ;;
 test)
   need_postgresql contrib
-  need_command gcc gcc # the race detector needs a C linker
-  [ -e /usr/include/stdlib.h ] || apt_install libc6-dev
+  need_compilers # the race detector needs the machine's, too
   need_command npm npm
   need_s3
   need_cli
@@ -122,7 +136,10 @@ guests)
   bash test/pgtest/install.sh "$tools/pg"
   need_guests
   ;;
-lint) need_go_tool golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint ;;
+lint)
+  need_compilers # what is linked with C is looked at as well
+  need_go_tool golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+  ;;
 generate)
   need_go_tool tfplugindocs github.com/hashicorp/terraform-plugin-docs/cmd/tfplugindocs
   need_cli

@@ -25,7 +25,13 @@ type directory struct {
 }
 
 // testBinary is the provider's binary, built once from this source.
-var testBinary = sync.OnceValues(func() ([]byte, error) { return build("../..") })
+var testBinary = sync.OnceValues(func() ([]byte, error) {
+	return built(func(file string) *exec.Cmd {
+		cmd := exec.CommandContext(context.Background(), "go", "build", "-trimpath", "-o", file, "../..")
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		return cmd
+	})
+})
 
 func newDirectory(t *testing.T) *directory {
 	t.Helper()

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -35,20 +36,23 @@ import (
 // the guest's files below a directory of their own. `make test` sets TF_ACC=1, which the test framework asks for.
 
 // testRunner is the runner as these tests deploy it: built once, from this source.
-var testRunner = sync.OnceValues(func() ([]byte, error) { return build("../../runner") })
+var testRunner = sync.OnceValues(func() ([]byte, error) {
+	return built(func(file string) *exec.Cmd {
+		return exec.CommandContext(context.Background(), "bash", "../../runner/build.sh", runtime.GOARCH, file)
+	})
+})
 
-// build makes a program of the package in a directory.
-func build(directory string) ([]byte, error) {
+// built returns what a command builds in a file.
+func built(command func(file string) *exec.Cmd) ([]byte, error) {
 	out, err := os.MkdirTemp("", "pgark-provider-test.")
 	if err != nil {
 		return nil, err
 	}
 	defer os.RemoveAll(out)
 	file := filepath.Join(out, "program")
-	cmd := exec.CommandContext(context.Background(), "go", "build", "-trimpath", "-o", file, directory)
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	cmd := command(file)
 	if text, err := cmd.CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("build %s: %w\n%s", directory, err, text)
+		return nil, fmt.Errorf("%s: %w\n%s", cmd, err, text)
 	}
 	return os.ReadFile(file)
 }

@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"testing"
@@ -52,8 +53,7 @@ func buildAndRun(m *testing.M) (int, error) {
 		return 1, err
 	}
 	defer os.RemoveAll(dir)
-	build := exec.CommandContext(context.Background(), "go", "build", "-trimpath", "-o", filepath.Join(dir, "pgark"), "../../runner")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	build := exec.CommandContext(context.Background(), "bash", "../../runner/build.sh", runtime.GOARCH, filepath.Join(dir, "pgark"))
 	if out, err := build.CombinedOutput(); err != nil {
 		return 1, fmt.Errorf("build the runner: %w\n%s", err, out)
 	}

@@ -66,10 +66,9 @@ func (w *world) runnerWith(tree, file, old, replacement string) ([]byte, error) 
 		return nil, err
 	}
 	out := filepath.Join(dir, "pgark")
-	cmd := exec.CommandContext(w.Context(), "go", "build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w -buildid=",
-		"-overlay", w.overlay(map[string]string{path: changed}), "-o", out, "./runner")
+	overlay := w.overlay(map[string]string{path: changed})
+	cmd := exec.CommandContext(w.Context(), "bash", "runner/build.sh", runtime.GOARCH, out, "-overlay", overlay)
 	cmd.Dir = tree
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if text, err := cmd.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("build the runner: %w\n%s", err, text)
 	}

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -38,8 +39,7 @@ func TestMain(m *testing.M) {
 		panic(err)
 	}
 	binary := filepath.Join(dir, "pgark")
-	out, err := exec.CommandContext(context.Background(), "go", "build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w -buildid=", "-o", binary,
-		"github.com/pgark/terraform-provider-pgark/runner").CombinedOutput()
+	out, err := exec.CommandContext(context.Background(), "bash", "../../../runner/build.sh", runtime.GOARCH, binary).CombinedOutput()
 	if err == nil {
 		runnerBinary, err = os.ReadFile(binary)
 		// What follows an ELF file's sections changes its digest and nothing else.

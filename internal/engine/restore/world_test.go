@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"syscall"
 	"testing"
@@ -62,7 +63,7 @@ func build() {
 	if buildErr = os.Chmod(dir, 0o755); buildErr != nil {
 		return
 	}
-	out, err := exec.CommandContext(context.Background(), "go", "build", "-o", built, "github.com/pgark/terraform-provider-pgark/runner").CombinedOutput()
+	out, err := exec.CommandContext(context.Background(), "bash", "../../../runner/build.sh", runtime.GOARCH, built).CombinedOutput()
 	if err != nil {
 		buildErr = fmt.Errorf("%w\n%s", err, out)
 	}

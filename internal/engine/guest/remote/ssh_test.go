@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -43,10 +44,7 @@ func TestMain(m *testing.M) {
 		panic(err)
 	}
 	binary := filepath.Join(dir, "pgark")
-	build := exec.CommandContext(context.Background(), "go", "build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w -buildid=", "-o", binary,
-		"github.com/pgark/terraform-provider-pgark/runner")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	out, err := build.CombinedOutput()
+	out, err := exec.CommandContext(context.Background(), "bash", "../../../../runner/build.sh", runtime.GOARCH, binary).CombinedOutput()
 	if err == nil {
 		var b []byte
 		if b, err = os.ReadFile(binary); err == nil {
