@@ -18,7 +18,10 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"reflect"
 	"runtime/debug"
+	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -48,6 +51,11 @@ const (
 	// grace is how long what goes on may take to end when the runner is told to stop. systemd waits 90 s by default.
 	grace = 20 * time.Second
 
+	// memoryLimit is where the garbage collector becomes keen, in bytes. What is in use in a backlog, or while the store is
+	// away from a busy server, is below it (wal: memoryBudget, stream: bufferBytes); with the program itself, and what
+	// libzstd has, the process stays below 256 MiB. It bounds nothing: what is needed is had.
+	memoryLimit = 192 << 20
+
 	reopenFirst = time.Second
 	reopenMost  = 30 * time.Second
 	// askOwnerEvery: a name changes hands when a person says so.
@@ -71,6 +79,8 @@ type daemon struct {
 	changed    chan struct{} // closed and replaced whenever state or protection change
 	gaps       []control.WALGap
 	gapCount   int64
+
+	lags lags
 }
 
 // config is what the job file says of the instance, with the credentials beside it.
@@ -93,12 +103,21 @@ func (c config) sameTarget(o config) bool {
 	return c.job.Repository == o.job.Repository && a == b && creds(c.credentials) == creds(o.credentials)
 }
 
+// sameWAL tells whether WAL is to be treated under o as before.
+func (c config) sameWAL(o config) bool {
+	return reflect.DeepEqual(c.job.WAL, o.job.WAL) && c.job.WantsSlot() == o.job.WantsSlot() &&
+		c.job.WantsSynchronous() == o.job.WantsSynchronous()
+}
+
 // Run protects the instance until ctx ends; then it stops taking work, gives what goes on a moment to end, and writes
 // its session record. It fails only at the start: without a usable job file, or when another runner protects the
 // instance.
 func Run(ctx context.Context, o Options) error {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
+	}
+	if os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(memoryLimit)
 	}
 	if os.Getenv("GOGC") == "" {
 		// Much of what lives is buffers of WAL, which the collector has nothing to do for: collecting twice as often costs a
@@ -217,8 +236,12 @@ func (d *daemon) reread() error {
 	old, p := d.config, d.protection
 	d.config = c
 	d.mu.Unlock()
-	if p != nil && !old.sameTarget(c) {
+	switch {
+	case p == nil:
+	case !old.sameTarget(c):
 		p.end(errReopen)
+	case !old.sameWAL(c):
+		p.reopenSoon()
 	}
 	select {
 	case d.reload <- struct{}{}:
@@ -268,9 +291,10 @@ var errReopen = errors.New("the runner opens the repository again")
 
 // protect opens a protection, runs it, and opens another, until ctx ends.
 func (d *daemon) protect(ctx context.Context) {
+	var before *protection
 	for wait := reopenFirst; ctx.Err() == nil; {
 		c := d.current()
-		p, err := d.open(ctx, c)
+		p, err := d.open(ctx, c, before)
 		if err == nil {
 			wait = reopenFirst
 			d.enter(control.Running, p, nil)
@@ -278,6 +302,7 @@ func (d *daemon) protect(ctx context.Context) {
 			if ctx.Err() != nil {
 				return // stays in place: Ship tells who still asks that we are stopping
 			}
+			before = p
 			d.enter(control.Starting, nil, nil)
 			continue
 		}
@@ -311,7 +336,7 @@ func (d *daemon) handle(ctx context.Context, r control.Request, progress func(st
 		}
 		return control.Answer{OK: true}
 	case control.OpStatus:
-		return control.Answer{OK: true, Status: d.status()}
+		return control.Answer{OK: true, Status: d.status(ctx)}
 	case control.OpImage:
 		return d.image(ctx, r.Kind, progress)
 	case control.OpReload:
@@ -376,7 +401,7 @@ func (d *daemon) ready(ctx context.Context) (*protection, error) {
 	}
 }
 
-func (d *daemon) status() *control.Status {
+func (d *daemon) status(ctx context.Context) *control.Status {
 	d.mu.Lock()
 	c, p := d.config, d.protection
 	s := &control.Status{
@@ -385,12 +410,30 @@ func (d *daemon) status() *control.Status {
 		Repository: c.job.Repository.URL, DataDirectory: c.instance.DataDirectory,
 	}
 	d.mu.Unlock()
+	s.ResidentBytes = residentBytes()
 	if p != nil {
 		s.SystemIdentifier = p.series.ID().SystemID.String()
-		s.WAL = p.shipper.Status()
+		s.WAL = p.walStatus(ctx)
 		s.Image = p.images.status()
 	}
 	return s
+}
+
+// residentBytes is the memory of this process (proc(5), statm); 0 where that is not known.
+func residentBytes() int64 {
+	b, err := os.ReadFile("/proc/self/statm")
+	if err != nil {
+		return 0
+	}
+	fields := strings.Fields(string(b))
+	if len(fields) < 2 {
+		return 0
+	}
+	pages, err := strconv.ParseInt(fields[1], 10, 64)
+	if err != nil {
+		return 0
+	}
+	return pages * int64(os.Getpagesize())
 }
 
 // systemID reads which cluster lives in a data directory now.

@@ -95,6 +95,13 @@ func (m *images) request(kind control.Kind) *taking {
 	return m.current
 }
 
+// taking is the image that is being taken, or about to be; nil: none is.
+func (m *images) taking() *taking {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.current
+}
+
 // begin claims the right to take an image for the schedule; nil when a demand came first.
 func (m *images) begin() *taking {
 	m.mu.Lock()

@@ -106,10 +106,6 @@ func (v *interval) turn(ctx context.Context) (next time.Time, err error) {
 			return nil // its WAL is the primary's to finish
 		}
 		size := v.p.segment
-		if size.Offset(at.written) == 0 {
-			next = soonIfUnwritten(at, next)
-			return nil
-		}
 		// Whatever stands in this segment was written since the one before it was finished: it may wait as long from then.
 		name := postgres.SegmentAt(at.timeline, at.written, size)
 		if due := v.finished(name).Add(v.every); due.After(time.Now()) && due.Before(next) {
@@ -175,10 +171,14 @@ func (v *interval) worked(name postgres.SegmentName, to postgres.LSN) (bool, err
 	}
 	l := &v.look
 	end := uint64(to - name.Start(size))
-	if l.work || end <= l.offset {
-		return l.work, nil
-	}
 	asked := time.Now()
+	switch {
+	case l.work:
+		return true, nil
+	case end <= l.offset:
+		l.quietAt = asked
+		return false, nil
+	}
 	path := filepath.Join(v.p.dataDir, "pg_wal", string(name))
 	f, err := os.Open(path)
 	if err != nil {
@@ -221,11 +221,10 @@ func (v *interval) worked(name postgres.SegmentName, to postgres.LSN) (bool, err
 // waiting tells since when, at most, something that has to be kept stands in the segment that holds the position; the
 // zero time if nothing does.
 func (v *interval) waiting(at position) (time.Time, error) {
-	size := v.p.segment
-	if at.replica || size.Offset(at.written) == 0 {
+	if at.replica {
 		return time.Time{}, nil
 	}
-	work, err := v.worked(postgres.SegmentAt(at.timeline, at.written, size), at.written)
+	work, err := v.worked(postgres.SegmentAt(at.timeline, at.written, v.p.segment), at.written)
 	if err != nil || !work {
 		return time.Time{}, err
 	}
