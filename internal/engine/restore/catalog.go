@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -13,6 +14,7 @@ import (
 	"github.com/pgark/terraform-provider-pgark/internal/engine/objectstore"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/postgres"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/repository"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/wal"
 )
 
 // Filter restricts a Catalog. The zero value restricts nothing.
@@ -79,7 +81,8 @@ func DescribeImage(i repository.ImageInfo) Image {
 const lookBack = 64
 
 // Catalog lists what the repository can restore. It needs no identity. The number of requests grows with the number
-// of images and timelines, and by one for each thousand segments.
+// of images and timelines, and by one for each thousand segments. An object whose header turns out to be damaged counts
+// as absent; CheckWAL finds what is damaged behind it, too.
 func Catalog(ctx context.Context, repo *repository.Repository, f Filter) (*Listing, error) {
 	ids, err := repo.SeriesList(ctx, f.Job, f.Instance)
 	if err != nil {
@@ -94,7 +97,11 @@ func Catalog(ctx context.Context, repo *repository.Repository, f Filter) (*Listi
 		if err != nil {
 			return nil, fmt.Errorf("series %s: %w", id, err)
 		}
-		listing, err := s.listing(ctx)
+		var listing SeriesListing
+		err = s.withoutDamage(func() (err error) {
+			listing, err = s.listing(ctx)
+			return err
+		})
 		if err != nil {
 			return nil, fmt.Errorf("series %s: %w", id, err)
 		}
@@ -130,20 +137,74 @@ func (l *SeriesListing) filter(f Filter) {
 
 // seriesState is a series as read at one moment.
 type seriesState struct {
-	id        repository.SeriesID
-	series    *repository.Series
-	header    func(ctx context.Context, name string) (repository.WALInfo, error)
-	images    []repository.ImageInfo // oldest first
-	inventory *inventory
-	survey    survey
+	id         repository.SeriesID
+	series     *repository.Series
+	header     func(ctx context.Context, name string) (repository.WALInfo, error)
+	tailHeader func(ctx context.Context, t repository.Tail) (repository.WALInfo, error)
+	lastRecord func(ctx context.Context, p route, number uint64) (postgres.LSN, error) // where it begins; 0 if there is none
+	images     []repository.ImageInfo                                                  // oldest first
+	inventory  *inventory
+	survey     survey
 
 	mu    sync.Mutex // guards times
 	times map[string]repository.WALInfo
 }
 
+// damageError says that an object is damaged; what it would have been good for is then to be found out without it.
+type damageError struct {
+	name string // of a WAL file; "": a tail
+	tail repository.Tail
+	err  error
+}
+
+func (e *damageError) Error() string { return e.err.Error() }
+
+func (e *damageError) Unwrap() error { return e.err }
+
+// withoutDamage repeats fn without the objects that it finds to be damaged.
+func (s *seriesState) withoutDamage(fn func() error) error {
+	for {
+		err := fn()
+		var damage *damageError
+		if !errors.As(err, &damage) {
+			return err
+		}
+		s.exclude(damage)
+	}
+}
+
+// exclude takes an object out of the inventory. Each is taken out at most once, since it is not looked at any more.
+func (s *seriesState) exclude(d *damageError) {
+	v := s.inventory
+	defer func() { s.survey = v.survey(s.images) }()
+	if d.name == "" {
+		w := v.timelines[d.tail.Timeline]
+		n := v.size.Number(d.tail.Start)
+		w.setTails(n, slices.DeleteFunc(slices.Clone(w.tails[n].all), func(t repository.Tail) bool { return t == d.tail }), v.size)
+		return
+	}
+	f, err := postgres.ParseWALFile(d.name)
+	if err != nil {
+		return
+	}
+	w := v.timelines[f.Timeline]
+	switch f.Kind {
+	case postgres.SegmentFile:
+		w.remove(f.Segment.Number(v.size))
+	case postgres.PartialFile:
+		w.partial = nil
+	case postgres.HistoryFile:
+		w.history = nil
+	}
+}
+
 // readSeries reads head, histories and the names of the WAL.
 func readSeries(ctx context.Context, series *repository.Series) (*seriesState, error) {
-	s := &seriesState{id: series.ID(), series: series, header: series.StatWAL, times: map[string]repository.WALInfo{}}
+	s := &seriesState{id: series.ID(), series: series, header: series.StatWAL, tailHeader: series.StatTail, times: map[string]repository.WALInfo{}}
+	s.lastRecord = func(ctx context.Context, p route, number uint64) (postgres.LSN, error) {
+		scan, _, err := s.scan(ctx, p, number)
+		return scan.Last, err
+	}
 	head, err := series.Head(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("read head: %w", err)
@@ -190,9 +251,84 @@ func readSeries(ctx context.Context, series *repository.Series) (*seriesState, e
 
 func readTimeline(ctx context.Context, series *repository.Series, t postgres.Timeline, from postgres.LSN, size postgres.SegmentSize) (*timelineWAL, error) {
 	w := &timelineWAL{}
-	for e, err := range series.ListWAL(ctx, t, string(postgres.SegmentAt(t, from, size))) {
+	var err error
+	if t > 1 {
+		var b strings.Builder
+		_, err = series.GetWAL(ctx, postgres.HistoryFileName(t), &b)
+		var locked *repository.NoIdentityError
+		switch {
+		case errors.As(err, &locked):
+			w.guess = true
+		case isDamage(err), errors.Is(err, objectstore.ErrNotExist):
+			// PostgreSQL cannot go from its ancestors to this timeline, and so nobody can.
+		case err != nil:
+			return nil, fmt.Errorf("read history of timeline %d: %w", t, err)
+		default:
+			if w.history, err = postgres.ParseHistory(t, []byte(b.String())); err != nil {
+				return nil, err
+			}
+		}
+	}
+	if k := len(w.history); k > 0 {
+		// What a timeline has before it begins is a copy in its first segment.
+		from = max(from, size.Start(size.Number(w.history[k-1].Switch)))
+	}
+	return w, w.read(ctx, series, t, size.Number(from), size)
+}
+
+// isDamage tells whether an object is there, but is not what it was.
+func isDamage(err error) bool {
+	var corrupt *repository.CorruptError
+	return errors.As(err, &corrupt)
+}
+
+// read lists the timeline's WAL from a segment on: its files, then the tails of segments that are not there whole.
+//
+// Segments replace their tails while we list. What was seen of neither kind shows as a hole, or as no tail behind the last
+// segment, and is looked for again.
+func (w *timelineWAL) read(ctx context.Context, series *repository.Series, t postgres.Timeline, first uint64, size postgres.SegmentSize) error {
+	for next, again := first, 0; ; again++ {
+		known := w.count()
+		if err := w.listFiles(ctx, series, t, next, size); err != nil {
+			return fmt.Errorf("list WAL of timeline %d: %w", t, err)
+		}
+		if again > 0 && w.count() == known || again == listAgain {
+			break
+		}
+		next = first
+		if k := len(w.segments); k > 0 {
+			next = w.segments[k-1].last + 1
+		}
+		w.tails = nil
+		if err := w.listTails(ctx, series, t, first, size); err != nil {
+			return fmt.Errorf("list WAL tails of timeline %d: %w", t, err)
+		}
+		if _, streamed := w.tails[next]; streamed {
+			break
+		}
+	}
+	if w.partial != nil && len(w.segments) > 0 && w.segments[len(w.segments)-1].last >= *w.partial {
+		w.partial = nil // the whole segment is there, or the timeline went on
+	}
+	return nil
+}
+
+// listAgain bounds how often the end of a live archive is looked at again.
+const listAgain = 5
+
+// count is how many whole segments there are.
+func (w *timelineWAL) count() uint64 {
+	var n uint64
+	for _, r := range w.segments {
+		n += r.last - r.first + 1
+	}
+	return n
+}
+
+func (w *timelineWAL) listFiles(ctx context.Context, series *repository.Series, t postgres.Timeline, from uint64, size postgres.SegmentSize) error {
+	for e, err := range series.ListWAL(ctx, t, string(postgres.MakeSegmentName(t, from, size))) {
 		if err != nil {
-			return nil, fmt.Errorf("list WAL of timeline %d: %w", t, err)
+			return err
 		}
 		f, err := postgres.ParseWALFile(e.Name)
 		if err != nil || f.Timeline != t {
@@ -206,35 +342,47 @@ func readTimeline(ctx context.Context, series *repository.Series, t postgres.Tim
 			w.partial = &n
 		}
 	}
-	if w.partial != nil && len(w.segments) > 0 && w.segments[len(w.segments)-1].last >= *w.partial {
-		w.partial = nil // the whole segment is there, or the timeline went on
-	}
-	if t == 1 {
-		return w, nil
-	}
-	var b strings.Builder
-	_, err := series.GetWAL(ctx, postgres.HistoryFileName(t), &b)
-	var locked *repository.NoIdentityError
-	switch {
-	case errors.Is(err, objectstore.ErrNotExist), errors.As(err, &locked):
-		return w, nil // guessForks
-	case err != nil:
-		return nil, fmt.Errorf("read history of timeline %d: %w", t, err)
-	}
-	w.history, err = postgres.ParseHistory(t, []byte(b.String()))
-	return w, err
+	return nil
 }
 
-// guessForks helps timelines whose history cannot be read, because it is missing or because it is encrypted and whoever
-// lists has no identity: such a timeline is taken to continue the one before it from its first segment on.
+// listTails lists the tails of what lies between the whole segments and behind them.
+func (w *timelineWAL) listTails(ctx context.Context, series *repository.Series, t postgres.Timeline, from uint64, size postgres.SegmentSize) error {
+	var absent []stretch
+	at := from
+	for _, r := range w.segments {
+		if r.first > at {
+			absent = append(absent, stretch{size.Start(at), size.Start(r.first)})
+		}
+		at = r.last + 1
+	}
+	absent = append(absent, stretch{size.Start(at), endOfWAL})
+	found := map[uint64][]repository.Tail{}
+	for _, a := range absent {
+		for tail, err := range series.ListTails(ctx, t, a.start, a.end) {
+			if err != nil {
+				return err
+			}
+			n := size.Number(tail.Start)
+			found[n] = append(found[n], tail)
+		}
+	}
+	for n, tails := range found {
+		w.setTails(n, tails, size)
+	}
+	return nil
+}
+
+// guessForks helps timelines whose history cannot be read, because it is encrypted and whoever lists has no identity: such
+// a timeline is taken to continue the one before it from its first segment on.
 func (v *inventory) guessForks() {
 	ids := v.ids()
 	for k, t := range ids {
 		w := v.timelines[t]
-		if t == 1 || len(w.history) > 0 || len(w.segments) == 0 || k == 0 {
+		first, ok := w.first()
+		if !w.guess || !ok || k == 0 {
 			continue
 		}
-		at := v.size.Start(w.segments[0].first)
+		at := v.size.Start(first)
 		for _, a := range v.timelines[ids[k-1]].history {
 			if a.Switch <= at {
 				w.history = append(w.history, a)
@@ -306,15 +454,6 @@ func (s *seriesState) spanEnd(ctx context.Context, sp span) (time.Time, error) {
 
 // lastTime is the time of the last commit known in a stretch, nil if none is near its end.
 func (s *seriesState) lastTime(ctx context.Context, p route, c stretch) (*time.Time, error) {
-	i, err := s.lastCommit(ctx, p, c)
-	if err != nil || i == nil {
-		return nil, err
-	}
-	return i.LastTime, nil
-}
-
-// lastCommit finds the last segment near a stretch's end that has a commit in it; nil if there is none.
-func (s *seriesState) lastCommit(ctx context.Context, p route, c stretch) (*repository.WALInfo, error) {
 	size := s.inventory.size
 	n := size.NumberBefore(c.end)
 	for range lookBack {
@@ -325,15 +464,9 @@ func (s *seriesState) lastCommit(ctx context.Context, p route, c stretch) (*repo
 		if !ok {
 			return nil, nil
 		}
-		// A segment that the path leaves in its middle goes on with another future: its last commit may belong there.
-		if s.whole(p, t, n, until) {
-			i, err := s.stat(ctx, t, n)
-			if err != nil {
-				return nil, err
-			}
-			if i.LastTime != nil {
-				return &i, nil
-			}
+		last, err := s.lastTimeIn(ctx, p, t, n, until)
+		if err != nil || last != nil {
+			return last, err
 		}
 		if n == 0 {
 			return nil, nil
@@ -343,9 +476,41 @@ func (s *seriesState) lastCommit(ctx context.Context, p route, c stretch) (*repo
 	return nil, nil
 }
 
-// whole tells whether all that the file holds lies on the path.
-func (s *seriesState) whole(p route, t postgres.Timeline, number uint64, until postgres.LSN) bool {
-	return until == s.inventory.size.Start(number+1) || t == p.timeline() || !s.inventory.timelines[t].hasWhole(number)
+// lastTimeIn is the time of the last commit in what timeline t has of a segment up to until, as far as headers tell.
+func (s *seriesState) lastTimeIn(ctx context.Context, p route, t postgres.Timeline, number uint64, until postgres.LSN) (*time.Time, error) {
+	size, w := s.inventory.size, s.inventory.timelines[t]
+	name := string(postgres.MakeSegmentName(t, number, size))
+	if w.hasWhole(number) {
+		// A segment that the path leaves in its middle goes on with another future: its last commit may belong there.
+		if until < size.Start(number+1) && t != p.timeline() {
+			return nil, nil
+		}
+		i, err := s.stat(ctx, name)
+		return i.LastTime, err
+	}
+	var last *time.Time
+	for _, tail := range slices.Backward(w.tails[number].chain) {
+		if wal.RecordEnd(tail.End, size) > until && t != p.timeline() {
+			continue // the same
+		}
+		i, err := s.statTail(ctx, tail)
+		if err != nil {
+			return nil, err
+		}
+		if last = i.LastTime; last != nil {
+			break
+		}
+	}
+	if w.partial != nil && *w.partial == number {
+		i, err := s.stat(ctx, name+".partial")
+		if err != nil {
+			return nil, err
+		}
+		if i.LastTime != nil && (last == nil || i.LastTime.After(*last)) {
+			last = i.LastTime
+		}
+	}
+	return last, nil
 }
 
 // firstTime is the time of the first commit known from a position on, nil if none is near.
@@ -355,35 +520,51 @@ func (s *seriesState) firstTime(ctx context.Context, p route, from postgres.LSN)
 		if !ok {
 			return nil, nil
 		}
-		i, err := s.stat(ctx, t, n)
-		if err != nil {
-			return nil, err
+		w, name := s.inventory.timelines[t], string(postgres.MakeSegmentName(t, n, s.inventory.size))
+		if run, streamed := w.tails[n]; streamed {
+			for _, tail := range run.chain {
+				if i, err := s.statTail(ctx, tail); err != nil || i.FirstTime != nil {
+					return i.FirstTime, err
+				}
+			}
+			continue
 		}
-		if i.FirstTime != nil {
-			return i.FirstTime, nil
+		if !w.hasWhole(n) {
+			name += ".partial"
+		}
+		if i, err := s.stat(ctx, name); err != nil || i.FirstTime != nil {
+			return i.FirstTime, err
 		}
 	}
 	return nil, nil
 }
 
-// stat reads a segment's header once.
-func (s *seriesState) stat(ctx context.Context, t postgres.Timeline, number uint64) (repository.WALInfo, error) {
-	name := string(postgres.MakeSegmentName(t, number, s.inventory.size))
-	if !s.inventory.timelines[t].hasWhole(number) {
-		name += ".partial"
-	}
+// stat reads the header of a WAL file, once.
+func (s *seriesState) stat(ctx context.Context, name string) (repository.WALInfo, error) {
+	return s.statOnce(name, &damageError{name: name}, func() (repository.WALInfo, error) { return s.header(ctx, name) })
+}
+
+// statTail reads the header of a tail, once.
+func (s *seriesState) statTail(ctx context.Context, t repository.Tail) (repository.WALInfo, error) {
+	return s.statOnce(t.String(), &damageError{tail: t}, func() (repository.WALInfo, error) { return s.tailHeader(ctx, t) })
+}
+
+func (s *seriesState) statOnce(name string, damage *damageError, read func() (repository.WALInfo, error)) (repository.WALInfo, error) {
 	s.mu.Lock()
 	i, ok := s.times[name]
 	s.mu.Unlock()
 	if ok {
 		return i, nil
 	}
-	i, err := s.header(ctx, name)
-	if errors.Is(err, objectstore.ErrNotExist) {
-		err = nil // retention removed it meanwhile: it tells nothing
-	}
-	if err != nil {
-		return i, fmt.Errorf("read header of WAL %s: %w", name, err)
+	i, err := read()
+	switch {
+	case errors.Is(err, objectstore.ErrNotExist):
+		i = repository.WALInfo{} // retention, or the whole segment, took its place meanwhile: it tells nothing
+	case isDamage(err):
+		damage.err = err
+		return repository.WALInfo{}, damage
+	case err != nil:
+		return repository.WALInfo{}, fmt.Errorf("read header of WAL %s: %w", name, err)
 	}
 	s.mu.Lock()
 	s.times[name] = i

@@ -256,10 +256,11 @@ func readSettings(file string, all map[string]string, depth int) {
 
 // recoverySettings say what ends recovery.
 func (p *Plan) recoverySettings(action, restoreCommand string) []setting {
-	out := []setting{
-		{"restore_command", restoreCommand},
-		{"recovery_target_timeline", strconv.FormatUint(uint64(p.Timeline), 10)},
+	timeline := strconv.FormatUint(uint64(p.Timeline), 10)
+	if p.orphan {
+		timeline = "current" // PostgreSQL takes no timeline by its number without its history
 	}
+	out := []setting{{"restore_command", restoreCommand}, {"recovery_target_timeline", timeline}}
 	inclusive := func() {
 		if p.target.Exclusive {
 			out = append(out, setting{"recovery_target_inclusive", "off"})

@@ -40,6 +40,7 @@ type Plan struct {
 	stop    stopKind
 	endLSN  postgres.LSN // of stopAtKnownEnd
 	gap     bool         // the stretch ends before a gap, not at the end of the archive
+	orphan  bool         // the timeline's history is missing
 }
 
 // stopKind is how PostgreSQL is told to stop.
@@ -54,7 +55,11 @@ const (
 
 // plan chooses image and timeline, and finds out whether the target can be reached from what is in the repository.
 func (s *seriesState) plan(ctx context.Context, o *Options) (*Plan, error) {
-	windows, err := s.windows(ctx)
+	var windows []Window
+	err := s.withoutDamage(func() (err error) {
+		windows, err = s.windows(ctx)
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -74,7 +79,7 @@ func (s *seriesState) plan(ctx context.Context, o *Options) (*Plan, error) {
 	case Immediate:
 		c.take(c.images[len(c.images)-1], stopConsistency)
 	case ToLSN:
-		err = c.lsn()
+		err = c.lsn(ctx)
 	case ToTime:
 		err = c.time(ctx)
 	case ToXID, ToName:
@@ -171,11 +176,15 @@ func (c *chooser) candidates(only repository.SID) error {
 			continue
 		}
 		if !c.route.on(i) {
-			lacking = append(lacking, fmt.Sprintf("image %s is not on the way to timeline %d", i.SID, c.route.timeline()))
+			why := ""
+			if t := c.route.timeline(); c.s.inventory.orphan(t) {
+				why = fmt.Sprintf(", since %s is missing", postgres.HistoryFileName(t))
+			}
+			lacking = append(lacking, fmt.Sprintf("image %s is not on the way to timeline %d%s", i.SID, c.route.timeline(), why))
 			continue
 		}
 		if _, ok := cover(c.stretches, i); !ok {
-			lacking = append(lacking, fmt.Sprintf("image %s: WAL %s is missing", i.SID, c.s.inventory.missing(c.route, i)))
+			lacking = append(lacking, fmt.Sprintf("image %s: %s", i.SID, c.s.inventory.missing(c.route, i)))
 			continue
 		}
 		c.images = append(c.images, i)
@@ -220,7 +229,12 @@ func (c *chooser) gapReason(s, next stretch) string {
 	size := c.s.inventory.size
 	t := c.route.at(s.end)
 	first, last := postgres.SegmentAt(t, s.end, size), postgres.MakeSegmentName(t, size.NumberBefore(next.start), size)
-	if first == last {
+	switch {
+	case size.Offset(s.end) != 0 && first == last:
+		return fmt.Sprintf("WAL %s ends at %s", first, s.end)
+	case size.Offset(s.end) != 0:
+		return fmt.Sprintf("WAL from %s on, which ends at %s, to %s is missing", first, s.end, last)
+	case first == last:
 		return fmt.Sprintf("WAL %s is missing", first)
 	}
 	return fmt.Sprintf("WAL from %s to %s is missing", first, last)
@@ -230,13 +244,16 @@ func (c *chooser) latest() error {
 	newest := c.images[len(c.images)-1]
 	c.take(newest, stopAtEnd)
 	if next, ok := c.after(c.stretch); ok {
-		return c.unreachable("%s, while later WAL is there up to %s; the newest image that can be restored lies before the gap",
-			c.gapReason(c.stretch, next), c.stretches[len(c.stretches)-1].end)
+		return c.unreachable("%s, while later WAL is there up to %s; the newest image that can be restored lies before the gap, and can be brought to %s",
+			c.gapReason(c.stretch, next), c.stretches[len(c.stretches)-1].end, c.stretch.end)
+	}
+	if at, by, ok := c.s.inventory.demanded(c.route, c.stretch.end); ok {
+		return c.unreachable("the WAL ends at %s, before timeline %d branched off at %s; what can be restored ends there", c.stretch.end, by, at)
 	}
 	return nil
 }
 
-func (c *chooser) lsn() error {
+func (c *chooser) lsn(ctx context.Context) error {
 	at := c.target.LSN
 	i, ok := c.newest(func(i repository.ImageInfo) bool { return i.StopLSN <= at })
 	if !ok {
@@ -248,15 +265,17 @@ func (c *chooser) lsn() error {
 	}
 	c.take(i, stopAtTarget)
 	switch {
-	case at < c.stretch.end:
-		return nil
-	case at == c.stretch.end:
-		// No record begins there for PostgreSQL to stop at, yet all that happened before is at hand.
-		c.stop = stopAtKnownEnd
-		return nil
+	case at <= c.stretch.end:
+		// PostgreSQL stops at a record that begins at the target or behind it. If none does, all that happened before it is at
+		// hand all the same.
+		begins, err := c.s.beginsAt(ctx, c.route, c.stretch, at)
+		if err == nil && !begins {
+			c.stop = stopAtKnownEnd
+		}
+		return err
 	}
 	if next, ok := c.after(c.stretch); ok {
-		return c.unreachable("%s before it", c.gapReason(c.stretch, next))
+		return c.unreachable("%s, before it", c.gapReason(c.stretch, next))
 	}
 	return c.unreachable("the archive ends at %s", c.stretch.end)
 }
@@ -289,13 +308,13 @@ func (c *chooser) time(ctx context.Context) error {
 		return nil
 	}
 	if next, ok := c.after(c.stretch); ok {
-		return c.unreachable("%s before it: %s", c.gapReason(c.stretch, next), knownCommit(last))
+		return c.unreachable("%s, before it: %s", c.gapReason(c.stretch, next), knownCommit(last))
 	}
 	if completed(i).Equal(at) {
 		c.stop = stopConsistency // nothing was committed since
 		return nil
 	}
-	return c.unreachable("%s; use the latest moment, or a position, if nothing was committed since", knownCommit(last))
+	return c.unreachable("%s, and the archive ends at %s; use the latest moment, or a position, if nothing was committed since", knownCommit(last), c.stretch.end)
 }
 
 func knownCommit(last *time.Time) string {
@@ -322,10 +341,11 @@ func (c *chooser) plan() *Plan {
 		return string(postgres.MakeSegmentName(t, n, size))
 	}
 	_, gap := c.after(c.stretch)
+	_, _, more := c.s.inventory.demanded(c.route, c.stretch.end)
 	return &Plan{
 		Image: c.image.SID.String(), Kind: c.image.Kind, CompletedAt: c.image.CompletedAt, StopLSN: c.image.StopLSN,
 		Target: c.target.String(), Timeline: c.route.timeline(), ImageBytes: c.image.SourceBytes,
 		WALFrom: name(first), WALTo: name(last), WALSegments: last - first + 1,
-		image: c.image, route: c.route, stretch: c.stretch, size: size, target: c.target, stop: c.stop, gap: gap,
+		image: c.image, route: c.route, stretch: c.stretch, size: size, target: c.target, stop: c.stop, gap: gap || more, orphan: c.s.inventory.orphan(c.route.timeline()),
 	}
 }

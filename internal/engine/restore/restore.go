@@ -423,10 +423,31 @@ func (r *run) socket() string { return filepath.Join(r.ring(), "socket") }
 
 // until is the position that WAL must be there up to.
 func (r *run) until() postgres.LSN {
-	if r.plan.stop == stopAtTarget && r.plan.target.kind() == ToLSN {
-		return max(r.plan.image.StopLSN, r.plan.target.LSN)
+	switch p := r.plan; {
+	case p.stop == stopAtTarget && p.target.kind() == ToLSN:
+		return max(p.image.StopLSN, p.target.LSN)
+	case p.stop == stopAtKnownEnd:
+		return max(p.image.StopLSN, p.endLSN)
 	}
 	return r.plan.image.StopLSN
+}
+
+// stopsBefore is a position that recovery does not come to, because it has a target before it; 0 if it has none. What is
+// missing behind it is then of no concern: whether PostgreSQL has found its target it sees to itself.
+func (r *run) stopsBefore() postgres.LSN {
+	switch p := r.plan; p.stop {
+	case stopConsistency:
+		return p.image.StopLSN
+	case stopAtKnownEnd:
+		return p.endLSN + 1
+	case stopAtTarget:
+		if p.target.kind() == ToLSN {
+			return p.target.LSN + 1
+		}
+		return p.stretch.end
+	case stopAtEnd:
+	}
+	return 0
 }
 
 // command is restore_command. While we wait for a started server we fetch for it, with our credentials and identities;
@@ -434,6 +455,9 @@ func (r *run) until() postgres.LSN {
 func (r *run) command() string {
 	args := slices.Clone(r.o.FetchCommand)
 	args = append(args, "--until-lsn="+r.until().String())
+	if stop := r.stopsBefore(); stop != 0 {
+		args = append(args, "--stop-lsn="+stop.String())
+	}
 	if r.o.Start {
 		args = append(args, "--socket="+r.socket())
 	}
@@ -465,6 +489,15 @@ func (c counted) GetWAL(ctx context.Context, name string, w io.Writer) (reposito
 	return i, err
 }
 
+// GetTail counts.
+func (c counted) GetTail(ctx context.Context, t repository.Tail, w io.Writer) (repository.WALInfo, error) {
+	i, err := c.Series.GetTail(ctx, t, w)
+	if err == nil {
+		c.read.Add(i.StoredSize)
+	}
+	return i, err
+}
+
 // recover starts the server, serves it WAL, and waits for its target.
 func (r *run) recover(ctx context.Context, bin string) (*outcome, error) {
 	if err := r.owners.makeDirectory(r.ring()); err != nil {
@@ -472,7 +505,7 @@ func (r *run) recover(ctx context.Context, bin string) (*outcome, error) {
 	}
 	fetcher, err := wal.NewFetcher(wal.FetcherOptions{
 		Open: func(context.Context) (wal.Source, error) { return counted{r.o.Series, &r.walRead}, nil },
-		Ring: r.ring(), SegmentSize: r.plan.size, Until: r.until(),
+		Ring: r.ring(), SegmentSize: r.plan.size, Until: r.until(), Stop: r.stopsBefore(),
 	})
 	if err != nil {
 		return nil, err

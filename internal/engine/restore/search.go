@@ -8,6 +8,7 @@ import (
 
 	"github.com/pgark/terraform-provider-pgark/internal/engine/postgres"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/repository"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/wal"
 )
 
 // scan walks over the records of a segment, as far as the route goes along with them.
@@ -18,16 +19,40 @@ func (s *seriesState) scan(ctx context.Context, p route, number uint64) (postgre
 		return postgres.SegmentScan{}, false, nil
 	}
 	segment := postgres.MakeSegmentName(t, number, size)
-	name := string(segment)
-	if !s.inventory.timelines[t].hasWhole(number) {
-		name += ".partial"
-	}
 	scanner := postgres.NewSegmentScanner(segment, size)
 	limit := &limited{w: scanner, left: int64(until - size.Start(number))}
-	if _, err := s.series.GetWAL(ctx, name, limit); err != nil {
-		return postgres.SegmentScan{}, false, fmt.Errorf("read WAL %s: %w", name, err)
+	w := s.inventory.timelines[t]
+	run, streamed := w.tails[number]
+	var err error
+	switch {
+	case w.hasWhole(number):
+		_, err = s.series.GetWAL(ctx, string(segment), limit)
+	case streamed && (run.end >= until || w.partial == nil || *w.partial != number):
+		_, err = wal.ReadTails(ctx, s.series, run.all, size.Start(number), limit)
+		for rest := int64(size) - int64(run.chain[len(run.chain)-1].End-size.Start(number)); rest > 0; rest -= min(rest, int64(len(zeros))) {
+			_, _ = scanner.Write(zeros[:min(rest, int64(len(zeros)))]) // never fails
+		}
+	default:
+		_, err = s.series.GetWAL(ctx, string(segment)+".partial", limit)
+	}
+	if err != nil {
+		return postgres.SegmentScan{}, false, fmt.Errorf("read WAL %s: %w", segment, err)
 	}
 	return scanner.Result(), true, nil
+}
+
+// beginsAt tells whether a record begins at a position of the stretch, or behind it. It is known to, unless the position
+// lies in the stretch's last segment.
+func (s *seriesState) beginsAt(ctx context.Context, p route, c stretch, at postgres.LSN) (bool, error) {
+	size := s.inventory.size
+	if at >= c.end {
+		return false, nil
+	}
+	if size.Number(at) < size.NumberBefore(c.end) {
+		return true, nil
+	}
+	last, err := s.lastRecord(ctx, p, size.Number(at))
+	return last >= at, err
 }
 
 // limited hands on zeros instead of what lies behind a limit: where a timeline was left, its old future begins.
@@ -58,12 +83,12 @@ func (s *seriesState) resolveEnd(ctx context.Context, p *Plan) error {
 	size := s.inventory.size
 	first := size.NumberBefore(p.image.StopLSN)
 	for n := size.NumberBefore(p.stretch.end); ; n-- {
-		scan, ok, err := s.scan(ctx, p.route, n)
+		last, err := s.lastRecord(ctx, p.route, n)
 		if err != nil {
 			return err
 		}
-		if ok && scan.Last > p.image.StopLSN {
-			p.stop, p.endLSN = stopAtKnownEnd, scan.Last
+		if last > p.image.StopLSN {
+			p.stop, p.endLSN = stopAtKnownEnd, last
 			return nil
 		}
 		if n == first {

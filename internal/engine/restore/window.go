@@ -50,12 +50,15 @@ func cover(stretches []stretch, i repository.ImageInfo) (stretch, bool) {
 	return stretch{}, false
 }
 
-// missing names the first segment that the image needs and the path lacks; "" if none.
-func (v *inventory) missing(p route, i repository.ImageInfo) postgres.SegmentName {
+// missing says what the image needs and the path lacks; "" if nothing.
+func (v *inventory) missing(p route, i repository.ImageInfo) string {
 	for n := v.size.Number(i.StartLSN); n <= v.size.NumberBefore(i.StopLSN); n++ {
 		_, until, ok := v.find(p, n)
-		if !ok || until < min(v.size.Start(n+1), i.StopLSN) {
-			return postgres.MakeSegmentName(i.Timeline, n, v.size)
+		switch name := postgres.MakeSegmentName(i.Timeline, n, v.size); {
+		case !ok:
+			return fmt.Sprintf("WAL %s is missing", name)
+		case until < min(v.size.Start(n+1), i.StopLSN):
+			return fmt.Sprintf("WAL %s ends at %s", name, until)
 		}
 	}
 	return ""
@@ -134,8 +137,7 @@ func (v *inventory) survey(images []repository.ImageInfo) survey {
 		if restorable[i.SID] {
 			continue
 		}
-		why := "WAL " + string(v.missing(v.route(i.Timeline), i)) + " is missing"
-		s.incomplete[i.SID] = why
+		s.incomplete[i.SID] = v.missing(v.route(i.Timeline), i)
 	}
 	slices.SortStableFunc(s.spans, func(a, b span) int {
 		return cmp.Or(cmp.Compare(a.route.timeline(), b.route.timeline()), cmp.Compare(a.stretch.start, b.stretch.start))

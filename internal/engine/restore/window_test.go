@@ -26,10 +26,11 @@ const (
 type model struct {
 	inventory *inventory
 	images    []repository.ImageInfo
+	ends      map[postgres.Timeline]map[int]int // how far each segment is there, in quarters; absent: not at all
 }
 
 func drawModel(t *rapid.T) *model {
-	m := &model{inventory: &inventory{size: testSize, timelines: map[postgres.Timeline]*timelineWAL{}}}
+	m := &model{inventory: &inventory{size: testSize, timelines: map[postgres.Timeline]*timelineWAL{}}, ends: map[postgres.Timeline]map[int]int{}}
 	v := m.inventory
 	last := postgres.Timeline(rapid.IntRange(1, 4).Draw(t, "timelines"))
 	for id := postgres.Timeline(1); id <= last; id++ {
@@ -44,9 +45,26 @@ func drawModel(t *rapid.T) *model {
 			begin = rapid.IntRange(min(begin+1, testEnd-1), testEnd-1).Draw(t, "fork")
 			w.history = append(w.history, postgres.Ancestor{Timeline: parent, Switch: postgres.LSN(begin) * testQuarter})
 		}
+		m.ends[id] = map[int]int{}
 		for n := begin / 4; n < testEnd/4; n++ {
-			if rapid.IntRange(0, 7).Draw(t, "there") > 0 {
+			switch kind := rapid.IntRange(0, 9).Draw(t, "there"); {
+			case kind > 3:
 				w.add(uint64(n))
+				m.ends[id][n] = 4*n + 4
+			case kind > 1:
+				// Tails between any quarters of the segment; what they hold without a hole counts.
+				var tails []repository.Tail
+				for range rapid.IntRange(1, 4).Draw(t, "tails") {
+					from := rapid.IntRange(0, 3).Draw(t, "from")
+					to := rapid.IntRange(from+1, 4).Draw(t, "to")
+					tails = append(tails, testTail(id, 4*n+from, 4*n+to))
+				}
+				w.setTails(uint64(n), tails, testSize)
+				for q := 4 * n; slices.ContainsFunc(tails, func(x repository.Tail) bool {
+					return x.Start <= postgres.LSN(q)*testQuarter && postgres.LSN(q)*testQuarter < x.End
+				}); q++ {
+					m.ends[id][n] = q + 1
+				}
 			}
 		}
 		v.timelines[id] = w
@@ -66,24 +84,33 @@ func drawModel(t *rapid.T) *model {
 	return m
 }
 
-// there tells whether the quarter can be read on the way to timeline t: from the file of the timeline that wrote it, or
-// from one that begins in the same segment later, and so with a copy of it.
+func testTail(t postgres.Timeline, from, to int) repository.Tail {
+	return repository.Tail{Timeline: t, Start: postgres.LSN(from) * testQuarter, End: postgres.LSN(to) * testQuarter}
+}
+
+// there tells whether the quarter can be read on the way to timeline t. PostgreSQL takes a segment from the newest timeline
+// that had begun by then and has one, which is one that holds more than a copy of its ancestor's.
 func (m *model) there(t postgres.Timeline, quarter int) bool {
-	h := m.inventory.timelines[t].history
-	at := postgres.LSN(quarter) * testQuarter
-	wrote := h.At(t, at)
-	if m.inventory.timelines[wrote].has(uint64(quarter / 4)) {
-		return true
+	begin := 0
+	var way []postgres.Timeline
+	begins := map[postgres.Timeline]int{}
+	for _, a := range m.inventory.timelines[t].history {
+		way, begins[a.Timeline] = append(way, a.Timeline), begin
+		begin = int(a.Switch / testQuarter)
 	}
-	way := []postgres.Timeline{}
-	for _, a := range h {
-		way = append(way, a.Timeline)
-	}
-	way = append(way, t)
-	for i, later := range way {
-		if later > wrote && int(h[i-1].Switch/testQuarter)/4 == quarter/4 && m.inventory.timelines[later].has(uint64(quarter/4)) {
-			return true
+	way, begins[t] = append(way, t), begin
+	end := testEnd + 4
+	for _, on := range slices.Backward(way) {
+		n := quarter / 4
+		if begins[on]/4 <= n {
+			if to := m.ends[on][n]; to > begins[on] {
+				return quarter < min(to, end)
+			}
+			if begins[on] <= 4*n {
+				return false // it alone wrote the segment
+			}
 		}
+		end = begins[on]
 	}
 	return false
 }
@@ -98,7 +125,7 @@ func (m *model) can(i repository.ImageInfo, t postgres.Timeline, to int) bool {
 			return false
 		}
 	}
-	return true
+	return true // what lies before in the same segment is there, too: a segment is read from its beginning
 }
 
 func (m *model) reachable(t postgres.Timeline, to int) bool {
@@ -196,6 +223,18 @@ func (m *model) state(header func(name string) repository.WALInfo) *seriesState 
 		}
 		return header(name), nil
 	}
+	s.tailHeader = func(_ context.Context, t repository.Tail) (repository.WALInfo, error) {
+		last := testTime(t.End).Add(-time.Second)
+		return repository.WALInfo{FirstTime: &last, LastTime: &last}, nil
+	}
+	// A record begins in the middle of each quarter.
+	s.lastRecord = func(_ context.Context, p route, number uint64) (postgres.LSN, error) {
+		_, until, ok := m.inventory.find(p, number)
+		if !ok {
+			return 0, nil
+		}
+		return until - testQuarter/2, nil
+	}
 	return s
 }
 
@@ -248,10 +287,10 @@ func TestPlan_time(t *testing.T) {
 		"when the second is done":      {at: quarter(14), image: 2, stop: stopAtTarget},
 		"just before the last commit":  {at: quarter(19).Add(-time.Microsecond), image: 2, stop: stopAtTarget},
 		"just before, exclusively":     {at: quarter(19), exclusive: true, image: 2, stop: stopAtTarget},
-		"in the gap":                   {at: quarter(19).Add(time.Microsecond), reason: "WAL 000000010000000000000005 is missing before it: the last commit known is of 2026-11-22 12:04:45+00:00"},
-		"behind the gap, too early":    {at: quarter(27), reason: "WAL 000000010000000000000005 is missing before it: the last commit known is of 2026-11-22 12:04:45+00:00"},
+		"in the gap":                   {at: quarter(19).Add(time.Microsecond), reason: "WAL 000000010000000000000005 is missing, before it: the last commit known is of 2026-11-22 12:04:45+00:00"},
+		"behind the gap, too early":    {at: quarter(27), reason: "WAL 000000010000000000000005 is missing, before it: the last commit known is of 2026-11-22 12:04:45+00:00"},
 		"behind the gap":               {at: quarter(31), image: 3, stop: stopAtTarget},
-		"beyond the end":               {at: quarter(39).Add(time.Microsecond), reason: "the last commit known is of 2026-11-22 12:09:45+00:00; use the latest moment, or a position, if nothing was committed since"},
+		"beyond the end":               {at: quarter(39).Add(time.Microsecond), reason: "the last commit known is of 2026-11-22 12:09:45+00:00, and the archive ends at 0/A00000; use the latest moment, or a position, if nothing was committed since"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p, err := m.state(testHeader).plan(t.Context(), &Options{Target: Target{Kind: ToTime, Time: c.at, Exclusive: c.exclusive}})

@@ -189,8 +189,9 @@ func (f *Fetcher) assembleOnce(ctx context.Context, source Source, segment postg
 	return candidate{file: out.Name(), reach: a}, nil
 }
 
-// enough tells whether recovery is known to end before a position.
-func (f *Fetcher) enough(reach postgres.LSN) bool { return f.o.Stop != 0 && reach > f.o.Stop }
+// enough tells whether recovery is known to end at or before a position: PostgreSQL takes it for an error itself if it does
+// not find the target that it was given.
+func (f *Fetcher) enough(reach postgres.LSN) bool { return f.o.Stop != 0 && reach >= f.o.Stop }
 
 // wholeFromTails puts the segment together if tails hold all of it; "" if not.
 func (f *Fetcher) wholeFromTails(ctx context.Context, source Source, segment postgres.SegmentName) string {

@@ -342,7 +342,7 @@ func TestFetch_tails(t *testing.T) {
 		"a position beyond":    {set: func(w *world) { w.putTail(1, s, start, r(1000)) }, option: func(o *FetcherOptions) { o.Until = r(1000) + 8 }, err: "needed to reach"},
 		"the position it has":  {set: func(w *world) { w.putTail(1, s, start, r(1000)) }, option: func(o *FetcherOptions) { o.Until = r(1000) }, reach: r(1000)},
 		"stops before the gap": {set: func(w *world) { w.putTail(1, s, start, r(9000)); w.put(segment(1, 6)) }, option: func(o *FetcherOptions) { o.Stop = r(1000) }, reach: r(9000)},
-		"stops behind the gap": {set: func(w *world) { w.putTail(1, s, start, r(1000)); w.put(segment(1, 6)) }, option: func(o *FetcherOptions) { o.Stop = r(1000) }, err: segment(1, 6)},
+		"stops behind the gap": {set: func(w *world) { w.putTail(1, s, start, r(1000)); w.put(segment(1, 6)) }, option: func(o *FetcherOptions) { o.Stop = r(1000) + 1 }, err: segment(1, 6)},
 		"longer than partial": {set: func(w *world) {
 			w.putTail(1, s, start, r(9000))
 			w.putFile(segment(1, 5)+".partial", s.segment(5, r(5000)))

@@ -50,7 +50,7 @@ type FetcherOptions struct {
 	Parallelism int                  // most downloads ahead at one time; default 8, of which as many run as keep pace
 	SegmentSize postgres.SegmentSize // default: as the series' images say, else learned from the first segment
 	Until       postgres.LSN         // WAL that ends before it is a gap; 0: not known
-	Stop        postgres.LSN         // recovery ends with the record that begins here: no gap behind it counts; 0: not known
+	Stop        postgres.LSN         // recovery has a target, and ends at or before it: no gap behind it counts; 0: not known
 
 	RetryFor  time.Duration // how long an unreachable repository is tried; default 60 s
 	GapWait   time.Duration // how long a gap must last: uploads overtake one another at the end of a live archive; default 5 s
