@@ -16,7 +16,7 @@ import (
 // it is over once, and what the server finishes by itself counts.
 func TestRunner_interval(t *testing.T) {
 	t.Parallel()
-	const every = 2 * time.Second
+	const every = time.Second
 	repo := directory(t)
 	c := pgtest.Start(t, pgtest.Options{NoStart: true, WALSegmentSizeMB: 1, Settings: map[string]string{"checkpoint_timeout": "30s", "autovacuum": "off"}})
 	g := newGuest(t, c, repo, repo, func(j *job.Job) {
