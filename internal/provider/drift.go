@@ -234,6 +234,12 @@ func settingsInWords(i guest.InstanceState) []string {
 	if i.Settings["archive_mode"] == "off" {
 		add("archive_mode of %s is off: its WAL is not archived", i.Name)
 	}
+	if names, readable := i.Settings[synchronousNames]; i.Waiting && readable && !guest.NamesPgark(names) {
+		add("synchronous_standby_names of %s is %q and does not name pgark: commits do not wait until they are in the repository", i.Name, names)
+	}
+	if i.LeftSlot != "" {
+		add("the replication slot %s of %s is left over, and keeps WAL from being removed", i.LeftSlot, i.Name)
+	}
 	for _, name := range slices.Sorted(maps.Keys(i.Pending)) {
 		add("%s of %s will be %q after its next restart, and no WAL is archived then", name, i.Name, i.Pending[name])
 	}

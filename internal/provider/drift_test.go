@@ -143,6 +143,25 @@ func TestPlanRepairs(t *testing.T) {
 			},
 			unknown: []string{"guest_settings_actual"}, says: []string{`archive_mode of 15-main will be "off" after its next restart, and no WAL is archived then`},
 		},
+		"commits do not wait": {
+			change: func(s *guest.State, _ []guest.Instance) {
+				s.Instances[0].Waiting, s.Instances[0].Settings[synchronousNames] = true, "FIRST 1 (b)"
+			},
+			unknown: []string{"guest_settings_actual"},
+			says:    []string{`synchronous_standby_names of 15-main is "FIRST 1 (b)" and does not name pgark: commits do not wait until they are in the repository`},
+		},
+		"commits wait, for others too": {
+			change: func(s *guest.State, _ []guest.Instance) {
+				s.Instances[0].Waiting, s.Instances[0].Settings[synchronousNames] = true, "FIRST 2 (b, PgArk)"
+			},
+		},
+		"for whom commits wait is not declared": {
+			change: setting(synchronousNames, "FIRST 1 (b)"),
+		},
+		"a slot is left over": {
+			change:  func(s *guest.State, _ []guest.Instance) { s.Instances[0].LeftSlot = "pgark_orders" },
+			unknown: []string{"guest_settings_actual"}, says: []string{"the replication slot pgark_orders of 15-main is left over, and keeps WAL from being removed"},
+		},
 		"the keys are missing": {
 			change:  func(s *guest.State, _ []guest.Instance) { s.HasCredentials, s.AccessKeyID = false, "" },
 			unknown: []string{"guest_has_credentials"}, says: []string{"the S3 keys are missing"},

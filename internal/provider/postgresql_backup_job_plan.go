@@ -348,8 +348,14 @@ func checkPath(name string) path.Path {
 		return path.Root("wal").AtName("temp_folder")
 	case "repository_reachable":
 		return path.Root("repository")
-	case "archive_command", "archive_library", "archive_mode", "wal_level", "full_page_writes":
+	case "archive_command", "archive_library", "archive_mode", "wal_level", "full_page_writes", "max_wal_senders":
 		return path.Root("guest_settings")
+	case "replication":
+		return path.Root("wal").AtName("mode")
+	case "replication_slot":
+		return path.Root("wal").AtName("slot")
+	case synchronousNames, "synchronous_commit":
+		return path.Root("wal").AtName("synchronous")
 	}
 	return path.Root("host")
 }

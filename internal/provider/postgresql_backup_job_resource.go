@@ -12,6 +12,7 @@ import (
 	"github.com/hashicorp/terraform-plugin-framework/resource/identityschema"
 
 	"github.com/pgark/terraform-provider-pgark/internal/engine/guest"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/objectstore"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/repository"
 )
@@ -71,6 +72,8 @@ func (r *backupJobResource) ValidateConfig(ctx context.Context, req resource.Val
 		diags.Append(notInThisBuild(path.Root("wal").AtName(servers), servers, instead))
 	}
 
+	validateWAL(wal, diags)
+
 	image := decode[imageModel](ctx, m.Image, diags)
 	if m.WaitForFirstImage.ValueBool() && !image.OnCreate.IsNull() && !image.OnCreate.IsUnknown() && !image.OnCreate.ValueBool() {
 		diags.AddAttributeError(path.Root("wait_for_first_image"), "Invalid Combination",
@@ -89,6 +92,23 @@ func (r *backupJobResource) ValidateConfig(ctx context.Context, req resource.Val
 	case source != credentialsStatic && given:
 		diags.AddAttributeError(path.Root("credentials").AtName("access_key_id"), "Invalid Combination",
 			fmt.Sprintf("Keys are given here, but source is %q: they would not be used. To use them, set source = \"static\".", source))
+	}
+}
+
+// validateWAL looks at what only several attributes of wal tell together. Defaults are not in a configuration.
+func validateWAL(w walModel, diags *diag.Diagnostics) {
+	invalid := func(attribute, detail string) {
+		diags.AddAttributeError(path.Root("wal").AtName(attribute), "Invalid Combination", detail)
+	}
+	interval := w.Mode.ValueString() == job.WALInterval
+	if w.Synchronous.ValueBool() && interval {
+		invalid("synchronous", "With mode = \"interval\" nothing is streamed that a commit could wait for. Use mode = \"continuous\", or leave out synchronous.")
+	}
+	if w.Synchronous.ValueBool() && w.MaxRequestsPerHour.ValueInt64() > 0 {
+		invalid("max_requests_per_hour", "With synchronous = true every commit takes a request and waits for it; with a budget, commits would wait until it allows for the next one. Leave out one of the two.")
+	}
+	if w.Slot.ValueBool() && interval {
+		invalid("slot", "With mode = \"interval\" nothing is streamed, so that a replication slot would never move, and hold back WAL until its limit. Use mode = \"continuous\", or leave out slot.")
 	}
 }
 
@@ -150,7 +170,7 @@ func (r *backupJobResource) ready(ctx context.Context, o *operation, m backupJob
 // deploy makes the guest match the model, and the model the guest.
 func (r *backupJobResource) deploy(ctx context.Context, o *operation, g *host, m *backupJobModel, keys *objectstore.Credentials, prior *remembered, private privateStateWriter) {
 	declared := m.toJob(ctx, o.diags)
-	d := guest.Deployment{Job: declared, Credentials: keys, KeepRunner: m.keepsRunner(), Settings: m.repairPolicy(ctx, o.diags)}
+	d := guest.Deployment{Job: declared, Credentials: keys, KeepRunner: m.keepsRunner(), Settings: m.repairPolicy(ctx, o.diags), WithoutStream: r.data.checks != checksError}
 	if o.diags.HasError() {
 		return
 	}

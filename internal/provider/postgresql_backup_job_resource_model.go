@@ -82,6 +82,10 @@ type walModel struct {
 	Mode               types.String         `tfsdk:"mode"`
 	Interval           timetypes.GoDuration `tfsdk:"interval"`
 	MaxLag             timetypes.GoDuration `tfsdk:"max_lag"`
+	MaxRequestsPerHour types.Int64          `tfsdk:"max_requests_per_hour"`
+	Synchronous        types.Bool           `tfsdk:"synchronous"`
+	Slot               types.Bool           `tfsdk:"slot"`
+	Compression        types.String         `tfsdk:"compression"`
 	TempFolder         types.String         `tfsdk:"temp_folder"`
 	TempFolderLimit    types.Int64          `tfsdk:"temp_folder_limit"`
 	Transport          types.String         `tfsdk:"transport"`
@@ -190,6 +194,10 @@ func (m backupJobModel) toJob(ctx context.Context, diags *diag.Diagnostics) *job
 			Mode:               wal.Mode.ValueString(),
 			Interval:           job.Duration(duration(wal.Interval)),
 			MaxLag:             job.Duration(duration(wal.MaxLag)),
+			MaxRequestsPerHour: wal.MaxRequestsPerHour.ValueInt64(),
+			Synchronous:        wal.Synchronous.ValueBool(),
+			Slot:               wal.Slot.ValueBool(),
+			Compression:        wal.Compression.ValueString(),
 			TempFolder:         wal.TempFolder.ValueString(),
 			TempFolderLimit:    wal.TempFolderLimit.ValueInt64(),
 			Transport:          wal.Transport.ValueString(),
@@ -247,6 +255,10 @@ func (m *backupJobModel) fromJob(ctx context.Context, j *job.Job, diags *diag.Di
 		Mode:               types.StringValue(j.WAL.Mode),
 		Interval:           durationValue(time.Duration(j.WAL.Interval)),
 		MaxLag:             durationValue(time.Duration(j.WAL.MaxLag)),
+		MaxRequestsPerHour: count(j.WAL.MaxRequestsPerHour),
+		Synchronous:        types.BoolValue(j.WAL.Synchronous),
+		Slot:               types.BoolValue(j.WAL.Slot),
+		Compression:        types.StringValue(j.WAL.Compression),
 		TempFolder:         text(j.WAL.TempFolder),
 		TempFolderLimit:    count(j.WAL.TempFolderLimit),
 		Transport:          types.StringValue(j.WAL.Transport),
@@ -301,12 +313,18 @@ func (m *backupJobModel) fromState(ctx context.Context, s *guest.State, diags *d
 		runners[i.Name] = types.StringValue(i.Runner)
 		values := map[string]attr.Value{}
 		for _, name := range ownedSettings {
+			if name == synchronousNames && !i.Waiting {
+				continue // whom commits wait for is none of ours then
+			}
 			if v, ok := i.Settings[name]; ok {
 				if name == "archive_command" {
 					v = guest.RedactCommand(v)
 				}
 				values[name] = types.StringValue(v)
 			}
+		}
+		if i.LeftSlot != "" {
+			values["replication_slot"] = types.StringValue(i.LeftSlot)
 		}
 		settings[i.Name] = types.MapValueMust(types.StringType, values)
 	}
@@ -317,9 +335,11 @@ func (m *backupJobModel) fromState(ctx context.Context, s *guest.State, diags *d
 	}
 }
 
-// ownedSettings are the PostgreSQL settings that decide whether WAL reaches us. Others, though checked as prerequisites,
-// are the user's: what they become is none of our business.
-var ownedSettings = []string{"archive_mode", "archive_command", "archive_library"}
+const synchronousNames = "synchronous_standby_names"
+
+// ownedSettings are the PostgreSQL settings that decide whether WAL reaches us, and whether commits wait for that. Others,
+// though checked as prerequisites, are the user's: what they become is none of our business.
+var ownedSettings = []string{"archive_mode", "archive_command", "archive_library", synchronousNames}
 
 func (m backupJobModel) settingsPolicy(ctx context.Context, diags *diag.Diagnostics) guest.SettingsPolicy {
 	s := decode[guestSettingsModel](ctx, m.GuestSettings, diags)

@@ -77,6 +77,7 @@ func TestJobRoundTrip(t *testing.T) {
 		},
 		WAL: job.WAL{
 			Mode: "interval", Interval: job.Duration(time.Minute), MaxLag: job.Duration(2 * time.Second),
+			MaxRequestsPerHour: 600, Synchronous: true, Slot: true, Compression: "adaptive", // not all at once, as far as jobs go
 			TempFolder: "/spool", TempFolderLimit: 1 << 30, Transport: "direct",
 		},
 	}

@@ -2,6 +2,8 @@ package provider
 
 import (
 	"context"
+	"fmt"
+	"time"
 
 	"github.com/hashicorp/terraform-plugin-framework-timeouts/resource/timeouts"
 	"github.com/hashicorp/terraform-plugin-framework-timetypes/timetypes"
@@ -186,23 +188,55 @@ func imageAttribute() schema.SingleNestedAttribute {
 	})
 }
 
+// The limits of wal.interval, in minutes, as the reference product has them. A job file may have less.
+const (
+	leastInterval = time.Minute
+	mostInterval  = 480 * time.Minute
+)
+
 func walAttribute() schema.SingleNestedAttribute {
+	interval := durationWithDefault(shortDuration(job.DefaultWALInterval), "In mode `interval`: the most that is lost, as a Go duration from `1m` to `8h`. In mode `continuous` it is not used.",
+		func(j *job.Job, v job.Duration) { j.WAL.Interval = v })
+	interval.Validators = append(interval.Validators, validators.String("a Go duration from `1m` to `8h`", func(s string) error {
+		if d, err := time.ParseDuration(s); err == nil && (d < leastInterval || d > mostInterval) {
+			return fmt.Errorf("wal.interval %s: not in %s–%s", s, shortDuration(leastInterval), shortDuration(mostInterval))
+		}
+		return nil // what is no duration, the attribute's type says better
+	}))
 	return withDefaults(schema.SingleNestedAttribute{
-		MarkdownDescription: "How the write-ahead log reaches the repository.",
+		MarkdownDescription: "How the write-ahead log reaches the repository, and how much of it can be lost: see the guide [How much can be lost](../guides/wal.md).",
 		Attributes: map[string]schema.Attribute{
-			"mode": withDefault(job.DefaultWALMode, "`continuous`: every segment is shipped as soon as PostgreSQL has filled it. `interval`: a segment that is older than `interval` is closed and shipped too.",
+			"mode": withDefault(job.DefaultWALMode, "`continuous`: WAL is streamed to the repository as PostgreSQL writes it, at most `max_lag` behind, beside archiving whole segments. "+
+				"`interval`: whole segments only; PostgreSQL is made to finish one every `interval` in which something was written.",
 				validators.String("`continuous` or `interval`", validators.Job(func(j *job.Job, v string) { j.WAL.Mode = v }))),
-			"interval": durationWithDefault(shortDuration(job.DefaultWALInterval), "The most that is lost in mode `interval`, as a Go duration.",
-				func(j *job.Job, v job.Duration) { j.WAL.Interval = v }),
-			"max_lag": durationWithDefault(shortDuration(job.DefaultWALMaxLag), "The most that streaming may lag behind, as a Go duration. Kept in the job; streaming of unfilled segments is not in this build.",
+			"interval": interval,
+			"max_lag": durationWithDefault(shortDuration(job.DefaultWALMaxLag), "In mode `continuous`: how long a commit may take to become durable in the repository, which is the most that is lost with the machine. A Go duration from `100ms` to `1h`. "+
+				"It costs requests: on a server that always writes at most two for each `max_lag`, 7,200 an hour with `1s`; on one that is idle none.",
 				func(j *job.Job, v job.Duration) { j.WAL.MaxLag = v }),
+			"max_requests_per_hour": schema.Int64Attribute{
+				Optional: true,
+				MarkdownDescription: "In mode `continuous`: the most requests an hour for WAL that has not filled a segment yet. While the budget is used up, `max_lag` is exceeded, and `pgark status` says so. " +
+					"Whole segments are stored all the same. Default: as many as `max_lag` takes.",
+				Validators: []validator.Int64{int64validator.AtLeast(1)},
+			},
+			"synchronous": boolWithDefault(false, "In mode `continuous`: whether every commit waits until it is durable in the repository, so that nothing is lost with the machine. pgark takes part as a synchronous standby: "+
+				"`synchronous_standby_names` is set to `pgark` once it streams, where that is empty, and put back before its runner stops. "+
+				"**It costs** one request to the repository for each commit (or for each group of those that commit at the same time), and as much time; "+
+				"and **while the repository or the runner is away, commits wait**, also for the few seconds in which a runner is replaced by another version. It excludes `max_requests_per_hour`."),
+			"slot": boolWithDefault(false, "In mode `continuous`: whether a replication slot (`pgark_` and the job's name) keeps WAL in `pg_wal` until it was streamed. Archiving does that anyway, so nothing is lost without one; "+
+				"a slot spares the stream from waiting for the next segment after the runner was away. **A slot that nobody reads holds WAL back without end**: `max_slot_wal_keep_size` has to limit it, or the plan fails. It is dropped on destroy."),
+			"compression": withDefault(job.DefaultCompression, "`zstd`; or `adaptive`: less of it while there is a backlog, which is shipped three times as fast then and takes up to twice the room.",
+				validators.String("`zstd` or `adaptive`", validators.Job(func(j *job.Job, v string) { j.WAL.Compression = v }))),
 			"temp_folder": schema.StringAttribute{
-				Optional: true, MarkdownDescription: "Directory on the guest that takes WAL while the repository is unreachable. It has to exist, and belong to the instance's owner. Default: WAL waits in `pg_wal`.",
+				Optional: true,
+				MarkdownDescription: "Directory on the guest that takes WAL while the repository is away, sealed as it would be stored there, so that PostgreSQL need not keep it. It has to exist and to belong to the instance's owner. " +
+					"Default: `/var/lib/pgark/JOB/INSTANCE/spool`.",
 				Validators: []validator.String{stringvalidator.LengthAtLeast(1), validators.String("an absolute path", validators.Job(func(j *job.Job, v string) { j.WAL.TempFolder = v }))},
 			},
 			"temp_folder_limit": schema.Int64Attribute{
-				Optional: true, MarkdownDescription: "Most bytes in `temp_folder`. Default: what the file system has.",
-				Validators: []validator.Int64{int64validator.AtLeast(1), int64validator.AlsoRequires(path.MatchRelative().AtParent().AtName("temp_folder"))},
+				Optional:            true,
+				MarkdownDescription: "Most bytes in the temporary folder of each instance. Beyond it, WAL waits in `pg_wal`. Default: what the file system has, but for 5 % and at least 1 GiB, which always stay free.",
+				Validators:          []validator.Int64{int64validator.AtLeast(1)},
 			},
 			"transport": withDefault(job.DefaultTransport, "How WAL travels: `automatic`, `direct` or `log_shipping_servers` (**not in this build**).",
 				validators.String("`automatic`, `direct` or `log_shipping_servers`", oneOf("automatic", "direct", "log_shipping_servers"))),
@@ -220,7 +254,7 @@ func guestSettingsAttribute() schema.SingleNestedAttribute {
 		MarkdownDescription: "What may be done to the guest's PostgreSQL. Settings are changed by `ALTER SYSTEM` and a reload; the values found are remembered on the guest and put back on destroy.",
 		Attributes: map[string]schema.Attribute{
 			"manage": boolWithDefault(true, "Whether settings are changed at all; if not, what is missing is a prerequisite that is not met."),
-			"restart": withDefault(defaultRestart, "Whether PostgreSQL may be restarted where a setting (`archive_mode`, `wal_level`) needs that: `never` or `allow`.",
+			"restart": withDefault(defaultRestart, "Whether PostgreSQL may be restarted where a setting (`archive_mode`, `wal_level`, `max_wal_senders`) needs that: `never` or `allow`.",
 				stringvalidator.OneOf(defaultRestart, "allow")),
 			"existing_archive_command": withDefault(defaultExisting, "What to do about an `archive_command` that is not ours: `fail`; `replace` it, until destroy puts it back; or `chain` it behind ours, so that both have to succeed, and destroy puts it back byte for byte.",
 				stringvalidator.OneOf(defaultExisting, existingReplace, existingChain)),
@@ -277,7 +311,7 @@ func (r *backupJobResource) Schema(ctx context.Context, _ resource.SchemaRequest
 				},
 			},
 			"database_user": schema.StringAttribute{
-				Optional: true, MarkdownDescription: "PostgreSQL role that pgark works as in every instance, over the Unix socket by peer authentication. It needs no superuser; a grant that it lacks is a prerequisite that is not met. Default: the role of the instance's owner.",
+				Optional: true, MarkdownDescription: "PostgreSQL role that pgark works as in every instance, over the Unix socket by peer authentication. It needs no superuser, but the attribute `REPLICATION` in `wal` mode `continuous`; a grant that it lacks is a prerequisite that is not met. Default: the role of the instance's owner.",
 				Validators: []validator.String{stringvalidator.LengthAtLeast(1), validators.String("a role's name", validators.Job(func(j *job.Job, v string) { j.DatabaseUser = v }))},
 			},
 			"enabled": boolWithDefault(true, "Whether the runner works; `false` pauses the job without removing it."),

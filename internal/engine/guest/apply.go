@@ -60,7 +60,7 @@ func (g *local) Apply(ctx context.Context, d Deployment) (*State, error) {
 	if err != nil {
 		return nil, fmt.Errorf("job %s: check the prerequisites: %w", j.Name, err)
 	}
-	if failed := exam.failed(); len(failed) > 0 {
+	if failed := exam.failed(d.WithoutStream); len(failed) > 0 {
 		var owned *repository.OwnedError
 		if len(failed) == 1 && errors.As(errors.Join(exam.causes...), &owned) {
 			return nil, owned
@@ -136,6 +136,14 @@ func (a *application) run(ctx context.Context) (step string, err error) {
 			a.done = append(a.done, s.name)
 		}
 	}
+	if !a.job.WantsSynchronous() {
+		for _, i := range a.job.Protected {
+			step = "let no commit of " + i.Name + " wait any more"
+			if err := a.g.releaseSynchronous(ctx, a.job.Name, i, a.owner[i.Name]); err != nil {
+				return step, err
+			}
+		}
+	}
 	for _, i := range a.job.Protected {
 		step = "start the runner of " + i.Name
 		if err := a.ensureRunner(ctx, i); err != nil {
@@ -161,12 +169,46 @@ func (a *application) run(ctx context.Context) (step string, err error) {
 			return step, err
 		}
 	}
+	if step, err := a.stream(ctx); err != nil {
+		return step, err
+	}
 	a.proven = true
 	a.g.removeOldBinaries()
 	for _, name := range a.leaving {
 		step = "let go of " + name
-		if err := a.g.letGo(ctx, a.job.Name, name, knownInstance(a.before.job, name)); err != nil {
+		if err := a.g.letGo(ctx, a.job.Name, name, a.before.job, keepSpool); err != nil {
 			return step, err
+		}
+	}
+	return "", nil
+}
+
+// stream makes sure that WAL is streamed, then has commits wait for it if they are to: not before, or they would wait for
+// nobody. What is left of a slot that is not wanted any more would hold WAL back until the disk is full.
+func (a *application) stream(ctx context.Context) (step string, err error) {
+	for _, i := range a.job.Protected {
+		if a.job.Enabled && a.job.WAL.Mode == job.WALContinuous {
+			step = "stream the WAL of " + i.Name
+			err := a.g.awaitStream(ctx, a.job.Name, i.Name)
+			var none *StreamError
+			if errors.As(err, &none) && a.d.WithoutStream {
+				continue // nor may a commit wait for it
+			}
+			if err != nil {
+				return step, err
+			}
+		}
+		if a.job.WantsSynchronous() && a.d.Settings.Manage {
+			step = "let commits of " + i.Name + " wait for the repository"
+			if err := a.g.takeSynchronous(ctx, a.job.Name, i, a.owner[i.Name]); err != nil {
+				return step, err
+			}
+		}
+		if !a.job.WantsSlot() {
+			step = "drop the replication slot of " + i.Name
+			if err := a.g.leaveSlot(ctx, a.job.Name, i.Name, i); err != nil {
+				return step, err
+			}
 		}
 	}
 	return "", nil
@@ -211,19 +253,25 @@ func (a *application) resolve(ctx context.Context) error {
 			continue
 		}
 		delete(a.before.runners, name)
-		if err := a.g.letGo(ctx, a.job.Name, name, known); err != nil {
+		if err := a.g.letGo(ctx, a.job.Name, name, a.before.job, keepSpool); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// letGo puts the settings of an instance back and removes its runner.
-func (g *local) letGo(ctx context.Context, name, instance string, known job.Instance) error {
-	if err := g.putBack(ctx, name, instance, known); err != nil {
+// letGo puts the settings of an instance back and removes its runner. j is the job as it was deployed; nil if that is not
+// known.
+func (g *local) letGo(ctx context.Context, name, instance string, j *job.Job, spool spoolPolicy) error {
+	if spool == keepSpool {
+		if err := g.awaitSpool(ctx, name, instance, j); err != nil {
+			return err
+		}
+	}
+	if err := g.putBack(ctx, name, instance, knownInstance(j, instance)); err != nil {
 		return err
 	}
-	if err := g.release(ctx, name, instance); err != nil {
+	if err := g.release(ctx, name, instance, j, spool); err != nil {
 		return fmt.Errorf("let go of %s: %w", instance, err)
 	}
 	return nil

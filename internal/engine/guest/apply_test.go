@@ -641,13 +641,16 @@ func TestApply_walLevel(t *testing.T) {
 	})
 	before := "# by hand\n" + autoConf(t, c) + "work_mem =  7MB  # as it was\n"
 	must(t, os.WriteFile(filepath.Join(c.DataDir, "postgresql.auto.conf"), []byte(before), 0o600))
-	w.expectFailing(w.job(c), "archive_mode", "wal_level")
+	w.expectFailing(w.job(c), "archive_mode", "wal_level", "max_wal_senders")
 	w.policy.Restart = "allow"
 	for _, senders := range []string{"0", "5"} {
 		started := c.Scalar("select pg_postmaster_start_time()")
 		s := w.apply(w.job(c))
 		if found := s.Instances[0].Settings; found["archive_mode"] != "on" || found["wal_level"] != "replica" {
 			t.Errorf("found %v", found)
+		}
+		if found := show(c, "max_wal_senders"); found != "10" {
+			t.Errorf("max_wal_senders is %s", found)
 		}
 		if c.Scalar("select pg_postmaster_start_time()") == started {
 			t.Error("the server was not restarted")

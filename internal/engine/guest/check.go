@@ -11,6 +11,7 @@ import (
 
 	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/objectstore"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/postgres"
 )
 
 // The majors that pgark protects.
@@ -119,13 +120,17 @@ func (e *examination) ask(ctx context.Context) {
 	var mu sync.Mutex // guards servers and refused
 	eachServer(ctx, e.clusters, checkTimeout, func(ctx context.Context, n int) error {
 		c := e.clusters[n]
-		s, err := inspect(ctx, c, e.altered(c), e.mayRestart())
-		if err == nil {
-			mu.Lock()
-			defer mu.Unlock()
-			e.servers[c.Name] = s
+		s, err := inspect(ctx, c, e.job, e.altered(c), e.mayRestart())
+		if err != nil {
+			return err
 		}
-		return err
+		if s.stream != nil && postgres.RefusalOf(s.stream.refused) == postgres.RefusedConnections {
+			s.stream.ours = isStreaming(e.g.status(ctx, e.job.Name, c.Name))
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		e.servers[c.Name] = s
+		return nil
 	}, func(n int, err error) {
 		mu.Lock()
 		defer mu.Unlock()
@@ -140,13 +145,20 @@ func (e *examination) altered(c cluster) []string {
 	}
 	names := []string{archiveCommand}
 	r, err := e.g.recall(e.job.Name, c.Instance.Instance)
-	if err != nil || r == nil {
-		return names
+	if err != nil {
+		r = nil
 	}
-	for _, name := range []string{archiveMode, walLevel} {
-		if r.Settings[name].Ours != "" {
+	ours := func(name string) bool { return r != nil && r.Settings[name].Ours != "" }
+	for _, name := range restarted {
+		if ours(name) {
 			names = append(names, name)
 		}
+	}
+	if e.job.WantsSynchronous() || ours(synchronousNames) {
+		names = append(names, synchronousNames)
+	}
+	if r == nil {
+		return names
 	}
 	if e.takesLibraryBack(c) {
 		names = append(names, archiveLibrary)
@@ -188,11 +200,11 @@ func (e *examination) selects(c cluster) bool {
 
 func (e *examination) add(c Check) { e.checks = append(e.checks, c) }
 
-// failed are the checks that failed.
-func (e *examination) failed() []Check {
+// failed are the checks that failed; without those that can be done without, if withoutStream is set.
+func (e *examination) failed(withoutStream bool) []Check {
 	var out []Check
 	for _, c := range e.checks {
-		if c.Status == Fail {
+		if c.Status == Fail && !(withoutStream && slices.Contains(streamChecks, c.Name)) {
 			out = append(out, c)
 		}
 	}

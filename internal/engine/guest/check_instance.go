@@ -69,6 +69,7 @@ func (e *examination) instance(cl cluster) {
 	add(e.archiveLibrary(cl, s))
 	add(e.walLevel(cl, s))
 	add(e.fullPageWrites(cl, s))
+	e.streaming(cl, s, add)
 }
 
 func (e *examination) version(cl cluster, s *inspected) Check {
@@ -148,8 +149,8 @@ func (e *examination) role(cl cluster, s *inspected) Check {
 func restartFor(cl cluster, s *inspected) string {
 	wanted := s.restartSettings()
 	var sql []string
-	for _, name := range []string{archiveMode, walLevel} {
-		// What waits for a restart is not off or minimal, since the server is that now; "on" would not do for a replica.
+	for _, name := range restarted {
+		// What waits for a restart is not off, minimal or 0, since the server is that now; "on" would not do for a replica.
 		if value, ok := wanted[name]; ok && (!s.Settings[name].PendingRestart || s.InRecovery) {
 			sql = append(sql, alterStatement(name, value))
 		}

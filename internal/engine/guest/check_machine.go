@@ -93,24 +93,34 @@ func (g *local) becomeRoot() string {
 		"\n# on this machine itself (connection type \"local\"): run terraform, or pgark, as root"
 }
 
+// reserve is what the temporary folder leaves free of the file system that it lies on: 5 %, and at least 1 GiB. PostgreSQL
+// may need it more.
+func reserve(st unix.Statfs_t) int64 {
+	return max(1<<30, int64(st.Blocks)*st.Bsize/20)
+}
+
+// temporaryFolder judges the directory that takes WAL while the repository is away. One that is declared has to exist:
+// where it was to be mounted, and is not, nobody wants it made.
 func (e *examination) temporaryFolder() {
-	folder, limit := e.job.WAL.TempFolder, e.job.WAL.TempFolderLimit
-	c := Check{Name: "temporary_folder", Status: Pass, Found: folder, Expected: "none declared: WAL waits in pg_wal while the repository is away"}
-	if folder == "" {
-		c.Found = "none"
-		e.add(c)
-		return
-	}
+	folder := e.job.WAL.TempFolder
 	need := int64(2 * postgres.DefaultSegmentSize)
 	for _, cl := range e.clusters {
 		need = max(need, 2*int64(cl.WALSegment))
 	}
-	need = max(need, limit)
-	c.Expected = fmt.Sprintf("a directory that the owner of PostgreSQL may write to, with %s free", bytesText(need))
+	need = max(need, e.job.WAL.TempFolderLimit)
+	c := Check{
+		Name: "temporary_folder", Status: Pass, Found: folder,
+		Expected: fmt.Sprintf("a directory that the owner of PostgreSQL may write to, with %s free", bytesText(need)),
+	}
 	fail := func(found, remedy string) { c.Status, c.Found, c.Remedy = Fail, found, remedy }
 	owner := "postgres"
 	if owners := e.owners(); len(owners) > 0 {
 		owner = owners[0].String()
+	}
+	if folder == "" {
+		e.defaultFolder(&c, need)
+		e.add(c)
+		return
 	}
 	create := fmt.Sprintf("%sinstall -d -o %s -m 0700 %s", sudo(), owner, word(folder))
 	info, err := os.Stat(folder)
@@ -143,19 +153,52 @@ func (e *examination) temporaryFolder() {
 	e.add(c)
 }
 
+// defaultFolder judges the directories that are used where none is declared. The runner makes them.
+func (e *examination) defaultFolder(c *Check, need int64) {
+	c.Found = e.g.layout.StateRoot()
+	for _, cl := range e.clusters {
+		folder := e.g.layout.SpoolDirectory(e.job, cl.Name)
+		if len(e.clusters) == 1 {
+			c.Found = folder
+		}
+		info, err := os.Stat(folder)
+		if err != nil {
+			continue // that is usual, and what is above it is looked at below
+		}
+		if o, err := lookupAccount(cl.Owner); err == nil && !o.may(info, mayRead|mayWrite|mayExecute) {
+			c.Status, c.Found = Fail, fmt.Sprintf("%s belongs to %s with mode %04o; %s may not write to it", folder, ownerOf(info), info.Mode().Perm(), o)
+			c.Remedy = fmt.Sprintf("%schown %s %s && %schmod u+rwx %s", sudo(), o, word(folder), sudo(), word(folder))
+			return
+		}
+	}
+	if dir := existing(c.Found); readOnly(dir) {
+		c.Status, c.Found, c.Remedy = Fail, dir+" is on a file system that is mounted read-only", remount(dir, "rw")
+		return
+	}
+	e.roomInFolder(c, c.Found, need)
+}
+
+// roomInFolder judges the room where a folder is, or will be. Without a declaration nobody counts on there being any: then
+// WAL waits in pg_wal, as it always can.
 func (e *examination) roomInFolder(c *Check, folder string, need int64) {
 	var st unix.Statfs_t
-	if err := unix.Statfs(folder, &st); err != nil {
+	if err := unix.Statfs(existing(folder), &st); err != nil {
 		c.Status, c.Found, c.Remedy = Fail, fmt.Sprintf("%s: %v", folder, err), "name another directory in wal.temp_folder"
 		return
 	}
 	free := int64(st.Bavail) * st.Bsize
 	c.Found = fmt.Sprintf("%s with %s free", folder, bytesText(free))
+	other := "\n# or name another wal.temp_folder"
+	declared := e.job.WAL.TempFolder != "" || e.job.WAL.TempFolderLimit > 0
 	switch {
-	case free < need:
-		c.Status, c.Remedy = Fail, fullRemedy(folder)+"\n# or name another wal.temp_folder, or lower wal.temp_folder_limit"
+	case free < need && declared:
+		c.Status, c.Remedy = Fail, fullRemedy(folder)+other+", or lower wal.temp_folder_limit"
+	case free < need+reserve(st):
+		c.Status = Warn
+		c.Found += fmt.Sprintf(", of which %s stay free: while the repository is away, WAL will wait in pg_wal instead", bytesText(reserve(st)))
+		c.Remedy = fullRemedy(folder) + other
 	case st.Files > 0 && st.Ffree < 64: // file systems without a table of inodes say 0 of both
-		c.Status, c.Found, c.Remedy = Fail, c.Found+", and no inodes", fullRemedy(folder)+"\n# or name another wal.temp_folder"
+		c.Status, c.Found, c.Remedy = Fail, c.Found+", and no inodes", fullRemedy(folder)+other
 	}
 }
 

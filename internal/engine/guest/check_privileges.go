@@ -5,6 +5,7 @@ package guest
 import (
 	"errors"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/pgark/terraform-provider-pgark/internal/engine/postgres"
@@ -101,9 +102,17 @@ func (e *examination) letIn(cl cluster, why postgres.Refusal) string {
 func (e *examination) makeRole(cl cluster) string {
 	alter := e.altered(cl)
 	if e.mayRestart() {
-		alter = []string{archiveCommand, archiveMode, walLevel}
+		alter = append(alter, archiveMode, walLevel)
+		if e.streams() {
+			alter = append(alter, maxWALSenders)
+		}
+		slices.Sort(alter)
+		alter = slices.Compact(alter)
 	}
 	sql := append(postgres.CreateRole(cl.DatabaseUser), postgres.Grants(cl.Version, cl.DatabaseUser, alter...)...)
+	if e.streams() {
+		sql = append(sql, postgres.GrantReplication(cl.DatabaseUser))
+	}
 	if cl.isReplica() {
 		return "# on its primary, whose roles and grants a replica has:\n" + statements(cl, sql...)
 	}
@@ -115,21 +124,33 @@ func (e *examination) makeRole(cl cluster) string {
 // once it is let in.
 func (e *examination) admit(cl cluster) string {
 	role := cl.DatabaseUser
-	line := "local all " + hbaWord(role) + " peer"
-	var commands []string
-	if role != cl.Owner {
-		line += " map=pgark"
-		commands = append(commands, "echo "+quoteLine("pgark "+hbaWord(cl.Owner)+" "+hbaWord(role))+" | "+sudo()+"tee -a "+word(cl.identFile))
+	databases := []string{"all"}
+	if e.streams() {
+		databases = append(databases, "replication") // which "all" does not mean
 	}
-	// There is a first line: a server does not take a file without rules.
-	first := sudo() + "sed -i --follow-symlinks " + quoteLine("1i "+line) + " " + word(cl.hbaFile)
-	commands = append([]string{first}, commands...)
-	commands = append(commands, reload(cl))
-	remedy := strings.Join(commands, " && ")
+	remedy := admitTo(cl, databases...)
 	if role == cl.Owner || cl.isReplica() {
 		return remedy
 	}
 	return remedy + "\n# and, if the role is not there yet:\n" + e.makeRole(cl)
+}
+
+// admitTo puts a line into pg_hba.conf for each of the databases, before all others, and what they need into pg_ident.conf.
+func admitTo(cl cluster, databases ...string) string {
+	role := cl.DatabaseUser
+	method := "peer"
+	var commands []string
+	if role != cl.Owner {
+		method = "peer map=pgark"
+		commands = append(commands, "echo "+quoteLine("pgark "+hbaWord(cl.Owner)+" "+hbaWord(role))+" | "+sudo()+"tee -a "+word(cl.identFile))
+	}
+	// There is a first line: a server does not take a file without rules.
+	first := sudo() + "sed -i --follow-symlinks"
+	for _, database := range databases {
+		first += " -e " + quoteLine("1i local "+database+" "+hbaWord(role)+" "+method)
+	}
+	commands = append([]string{first + " " + word(cl.hbaFile)}, commands...)
+	return strings.Join(append(commands, reload(cl)), " && ")
 }
 
 // hbaWord quotes a name for pg_hba.conf where it would mean something else, or has to be (hba.c, next_token).

@@ -33,7 +33,7 @@ func TestCheck_everythingAtOnce(t *testing.T) {
 	j := w.job(c)
 	j.Repository.URL += "/elsewhere"
 	j.WAL.TempFolder = filepath.Join(w.layout.Root, "spool")
-	found := w.expectFailing(j, "temporary_folder", "repository_reachable", "archive_mode", "archive_command", "archive_library", "wal_level")
+	found := w.expectFailing(j, "temporary_folder", "repository_reachable", "archive_mode", "archive_command", "archive_library", "wal_level", "max_wal_senders")
 
 	order := make([]string, len(found))
 	for i, k := range found {
@@ -42,6 +42,7 @@ func TestCheck_everythingAtOnce(t *testing.T) {
 	if expected := []string{
 		"operating_system", "executable_place", "temporary_folder", "cluster_manager", "security_module", "clock", "repository_reachable",
 		"postgresql_version", "postgresql_running", "privileges", "role", "archive_mode", "archive_command", "archive_library", "wal_level", "full_page_writes",
+		"max_wal_senders",
 	}; !slices.Equal(order, expected) {
 		t.Errorf("order: found %q, expected %q", order, expected)
 	}
@@ -53,6 +54,7 @@ func TestCheck_everythingAtOnce(t *testing.T) {
 		"archive_library":      `"basic_archive"`,
 		"wal_level":            "minimal",
 		"full_page_writes":     "off",
+		"max_wal_senders":      "0",
 	} {
 		if k := found.find(t, name); !strings.Contains(k.Found, text) {
 			t.Errorf("%s: found %q, expected %q in it", name, k.Found, text)
@@ -69,7 +71,7 @@ func TestCheck_everythingAtOnce(t *testing.T) {
 
 	_, err := w.guest.Apply(w.ctx, w.deployment(j))
 	var unmet *guest.PrerequisiteError
-	if !errors.As(err, &unmet) || len(unmet.Checks) != 6 || !errors.Is(err, objectstore.ErrNoBucket) || !strings.Contains(unmet.Hint(), "ALTER SYSTEM SET archive_mode = on") {
+	if !errors.As(err, &unmet) || len(unmet.Checks) != 7 || !errors.Is(err, objectstore.ErrNoBucket) || !strings.Contains(unmet.Hint(), "ALTER SYSTEM SET archive_mode = on") {
 		t.Errorf("found %v", err)
 	}
 	if files := w.files(); len(files) > 0 || autoConf(t, c) != before {
@@ -145,7 +147,7 @@ func TestCheck_remediesWithRestart(t *testing.T) {
 				"archive_mode": "off", "wal_level": "minimal", "max_wal_senders": "0",
 			}})
 			adopt(t, c)
-			found := w.expectFailing(w.job(c), "archive_mode", "wal_level")
+			found := w.expectFailing(w.job(c), "archive_mode", "wal_level", "max_wal_senders")
 			if k := found.find(t, "archive_mode"); !strings.Contains(k.Remedy, "wal_level = replica") {
 				t.Errorf("found %+v", k)
 			}

@@ -103,6 +103,44 @@ func (e *ProofError) Hint() string {
 	return "the end of the runner's log:\n" + e.Log
 }
 
+// StreamError says that a runner which is to stream WAL does not.
+type StreamError struct {
+	Instance string
+	Waited   string
+	Log      string // the end of the runner's log
+	Err      error  // what the runner says of it
+}
+
+// Unwrap gives the cause.
+func (e *StreamError) Unwrap() error { return e.Err }
+
+func (e *StreamError) Error() string {
+	return fmt.Sprintf("the runner of %s did not stream WAL within %s: %v", e.Instance, e.Waited, e.Err)
+}
+
+// Hint gives the end of the runner's log.
+func (e *StreamError) Hint() string {
+	if e.Log == "" {
+		return ""
+	}
+	return "the end of the runner's log:\n" + e.Log
+}
+
+// SpoolError says that WAL which PostgreSQL was told is safe lies in the temporary folder only, so that it must stay.
+type SpoolError struct {
+	Instance    string
+	Directories []string
+	Files       int
+	Remedy      string
+}
+
+func (e *SpoolError) Error() string {
+	return fmt.Sprintf("%d files of WAL of %s have not reached the repository yet: they lie in %s only", e.Files, e.Instance, strings.Join(e.Directories, " and "))
+}
+
+// Hint gives the remedy.
+func (e *SpoolError) Hint() string { return e.Remedy }
+
 // RunnerError says that a runner was started and does not answer.
 type RunnerError struct {
 	Instance string

@@ -28,8 +28,8 @@ type Guest interface {
 	Check(ctx context.Context, r CheckRequest) ([]Check, error)
 
 	// Apply makes the guest match the deployment: binary, job file, credentials, state directories, settings, runners.
-	// Applying twice is the same as once. It returns when every runner answers on its socket and a forced WAL segment of
-	// every primary has reached the repository.
+	// Applying twice is the same as once. It returns when every runner answers on its socket, a forced WAL segment of
+	// every primary has reached the repository, and, in mode continuous, every runner streams WAL.
 	Apply(ctx context.Context, d Deployment) (*State, error)
 
 	// State reads what is there of a job. ErrNoJob only when the guest was read successfully and holds nothing of it.
@@ -39,7 +39,8 @@ type Guest interface {
 	SetWALRetention(ctx context.Context, name string, r *job.WALRetention) error
 
 	// Remove stops the runners, puts the PostgreSQL settings back as they were, and removes everything of the job except
-	// backups; the binary goes with the last job. Removing what is half there, or absent, succeeds.
+	// backups; the binary goes with the last job. Removing what is half there, or absent, succeeds. While there is WAL in
+	// the temporary folder that is nowhere else, it fails with a *SpoolError.
 	Remove(ctx context.Context, name string) error
 }
 
@@ -93,8 +94,9 @@ const (
 
 // Check is one prerequisite. Those of the machine come first, without an instance. Its name is stable: operating_system,
 // executable_place, temporary_folder, cluster_manager, security_module, clock, repository_reachable; postgresql_version,
-// postgresql_running, privileges, role, archive_mode, archive_command, archive_library, wal_level, full_page_writes, and,
-// of a job that is deployed, runner.
+// postgresql_running, privileges, role, archive_mode, archive_command, archive_library, wal_level, full_page_writes; where
+// WAL is streamed, replication and max_wal_senders, and as far as they are declared replication_slot,
+// synchronous_standby_names and synchronous_commit; and, of a job that is deployed, runner.
 type Check struct {
 	Name     string `json:"name"`
 	Instance string `json:"instance,omitempty"`
@@ -129,6 +131,10 @@ type Deployment struct {
 	Runner      []byte // the runner binary for this machine's architecture; nil: the program that runs
 	KeepRunner  bool   // runner_update = "manual": a runner that is installed stays, whichever it is
 	Settings    SettingsPolicy
+
+	// WithoutStream: that WAL cannot be streamed does not stop Apply. Whole segments are archived then, and the runner's
+	// status says why it is no more than that.
+	WithoutStream bool
 }
 
 // State is what a guest holds of a job, as it is.
@@ -162,13 +168,18 @@ type InstanceState struct {
 	Runner   string            // see RunnerRunning; of several that apply, the one that matters most
 	Detail   string            // what is behind Runner, in words: a path, a unit; "" for RunnerRunning
 	Problem  string            // why its settings could not be read, in words
-	Settings map[string]string // archive_mode, archive_command, archive_library, wal_level, full_page_writes
+	Settings map[string]string // archive_mode, archive_command, archive_library, wal_level, full_page_writes, synchronous_standby_names
 	// Wanted is what archive_command has to be: ours, and behind it the one that was there where that is chained.
 	Wanted string
 	// Pending names settings, of those above, that do now and will end archiving with the next restart, with their values
 	// then. Where those may not be read (pg_file_settings is for superusers) it is empty.
 	Pending  map[string]string
 	SystemID postgres.SystemID
+	// Waiting says that commits are to wait for the runner: synchronous_standby_names, which is in Settings then, has to name
+	// it.
+	Waiting bool
+	// LeftSlot is a replication slot of the job's that it does not declare (any more), and that holds WAL back; "" for none.
+	LeftSlot string
 }
 
 // Proof is a WAL segment that PostgreSQL was made to finish, and that was then found in the repository.

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/postgres"
 )
 
@@ -18,6 +19,7 @@ type inspected struct {
 	archiveCommand string // as it is set: pg_settings shows "(disabled)" while archive_mode is off
 	missing        []postgres.MissingPrivilege
 	fileProblems   []postgres.FileProblem
+	stream         *streaming // nil: nothing is to be streamed
 }
 
 var errNotRunning = errors.New("PostgreSQL is not running")
@@ -40,9 +42,9 @@ func lacks(role string, missing []postgres.MissingPrivilege) string {
 	return "role " + role + " may not " + strings.Join(what, ", may not ")
 }
 
-// inspect asks the cluster's server, and whether our role may change the given settings and, if a restart is allowed, those
-// that it is needed for; an error of postgres.Connect if it is not there.
-func inspect(ctx context.Context, c cluster, alter []string, restart bool) (*inspected, error) {
+// inspect asks the cluster's server for what a job wants of it, and whether our role may change the given settings and, if
+// a restart is allowed, those that it is needed for; an error of postgres.Connect if it is not there.
+func inspect(ctx context.Context, c cluster, j *job.Job, alter []string, restart bool) (*inspected, error) {
 	if !c.Running {
 		return nil, errNotRunning
 	}
@@ -70,6 +72,11 @@ func inspect(ctx context.Context, c cluster, alter []string, restart bool) (*ins
 	}
 	if s.archiveCommand, err = readArchiveCommand(ctx, conn); err != nil {
 		return fail(err)
+	}
+	if j.WAL.Mode == job.WALContinuous {
+		if s.stream, err = inspectStreaming(ctx, conn, c); err != nil {
+			return fail(err)
+		}
 	}
 	if more := s.restartSettings(); restart && len(more) > 0 {
 		alter = slices.Concat(alter, slices.Collect(maps.Keys(more)))

@@ -222,3 +222,38 @@ func TestProgram(t *testing.T) {
 		}
 	}
 }
+
+func TestStandbyNames(t *testing.T) {
+	for value, expected := range map[string]struct {
+		canonical      string
+		has, every     bool
+		beside, always string
+	}{
+		"":                              {},
+		"pgark":                         {"FIRST 1 (pgark)", true, true, "", ""},
+		"PgArk, b":                      {"FIRST 1 (PgArk, b)", true, true, "", ""},
+		"b, pgark":                      {"FIRST 1 (b, pgark)", true, false, "", ""},
+		"*":                             {"FIRST 1 (*)", true, false, "", ""},
+		"2 (*, pgark)":                  {"FIRST 2 (*, pgark)", true, false, "", ""},
+		"first 2 (b, pgark)":            {"FIRST 2 (b, pgark)", true, true, "", ""},
+		"ANY 1 (pgark, b)":              {"ANY 1 (pgark, b)", true, false, "", ""},
+		"any 2(pgark,b)":                {"ANY 2 (pgark, b)", true, true, "", ""},
+		"a":                             {"FIRST 1 (a)", false, false, "FIRST 1 (a, pgark)", "FIRST 2 (pgark, a)"},
+		"s1, \"node-2\"":                {"FIRST 1 (s1, \"node-2\")", false, false, "FIRST 1 (s1, \"node-2\", pgark)", "FIRST 2 (pgark, s1, \"node-2\")"},
+		"ANY 2 (s1, s2, s3)":            {"ANY 2 (s1, s2, s3)", false, false, "ANY 2 (s1, s2, s3, pgark)", "FIRST 3 (pgark, s1, s2, s3)"},
+		"FIRST 1 (\"a\"\"b\", \"any\")": {`FIRST 1 ("a""b", "any")`, false, false, `FIRST 1 ("a""b", "any", pgark)`, `FIRST 2 (pgark, "a""b", "any")`},
+	} {
+		s, err := parseStandbyNames(value)
+		if err != nil || s.String() != expected.canonical || s.has() != expected.has || s.everyCommit() != expected.every {
+			t.Errorf("%q: found %s, %t, %t, %v", value, s, s.has(), s.everyCommit(), err)
+		}
+		if !expected.has && len(s.names) > 0 && (s.beside() != expected.beside || s.always() != expected.always) {
+			t.Errorf("%q: found %s and %s", value, s.beside(), s.always())
+		}
+	}
+	for _, broken := range []string{"a b", "a,", ",", "FIRST 1 (a", "FIRST x (a)", "0 (a)", `"a`, "a-b", "ANY 1 ()"} {
+		if s, err := parseStandbyNames(broken); err == nil {
+			t.Errorf("%q: found %v", broken, s)
+		}
+	}
+}

@@ -59,6 +59,11 @@ func TestPrivileges_least(t *testing.T) {
 			if c.Scalar("select rolsuper from pg_roles where rolname = 'pgark'") != "f" {
 				t.Error("the role is a superuser")
 			}
+			sql(c, "alter role pgark noreplication")
+			if k := w.expectFailing(j, "replication").find(t, "replication"); !strings.Contains(k.Remedy, "ALTER ROLE pgark REPLICATION") || strings.Contains(k.Remedy, "sed") {
+				t.Errorf("found %+v", k)
+			}
+			w.mend(j, "replication")
 			var alter []string
 			if manage {
 				alter = []string{"archive_command"}
@@ -153,6 +158,7 @@ func TestPrivileges_letIn(t *testing.T) {
 	}
 	reject("local all all peer\n")
 	w.mend(j, "privileges")
+	w.expectFailing(j) // it may stream WAL, too
 	reject("local all all reject\n")
 	// The owner is kept out, too; what can be done without a connection still lets the role in.
 	follow(t, guest.Check{Name: "first part", Remedy: strings.SplitN(w.check(j).find(t, "privileges").Remedy, "\n", 2)[0]})
@@ -160,6 +166,7 @@ func TestPrivileges_letIn(t *testing.T) {
 
 	owner := w.job(c)
 	w.mend(owner, "privileges")
+	w.expectFailing(owner)
 	sql(c, "alter role pgark nologin")
 	w.mend(j, "privileges")
 	sql(c, "revoke connect on database postgres from public")

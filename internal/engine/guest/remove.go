@@ -4,12 +4,15 @@ package guest
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
+	"time"
 
 	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
 )
@@ -28,11 +31,19 @@ func (g *local) Remove(ctx context.Context, name string) error {
 		return fmt.Errorf("job %s: %w", name, err)
 	}
 	defer unlock()
-	return g.remove(ctx, name)
+	return g.remove(ctx, name, keepSpool)
 }
 
+// spoolPolicy says what becomes of WAL in the temporary folder that has not reached the repository.
+type spoolPolicy int
+
+const (
+	keepSpool    spoolPolicy = iota // PostgreSQL was told that it is safe
+	discardSpool                    // nothing can be restored with it
+)
+
 // remove is Remove under the lock.
-func (g *local) remove(ctx context.Context, name string) error {
+func (g *local) remove(ctx context.Context, name string, spool spoolPolicy) error {
 	j, err := job.Load(g.layout, name)
 	if err != nil {
 		j = nil // unreadable or gone: what is remembered of the settings names the instances, too
@@ -43,6 +54,12 @@ func (g *local) remove(ctx context.Context, name string) error {
 	}
 	var problems []error
 	for _, instance := range instances {
+		if spool == keepSpool {
+			if err := g.awaitSpool(ctx, name, instance, j); err != nil {
+				problems = append(problems, err)
+				continue
+			}
+		}
 		if err := g.putBack(ctx, name, instance, knownInstance(j, instance)); err != nil {
 			problems = append(problems, err)
 		}
@@ -51,7 +68,7 @@ func (g *local) remove(ctx context.Context, name string) error {
 		return fmt.Errorf("job %s: nothing was removed: %w", name, errors.Join(problems...))
 	}
 	for _, instance := range instances {
-		if err := g.release(ctx, name, instance); err != nil {
+		if err := g.release(ctx, name, instance, j, spool); err != nil {
 			return fmt.Errorf("job %s: remove the runner of %s: %w", name, instance, err)
 		}
 	}
@@ -69,16 +86,125 @@ func (g *local) remove(ctx context.Context, name string) error {
 	return g.removeShared()
 }
 
-// release stops an instance's runner and removes everything of the instance.
-func (g *local) release(ctx context.Context, name, instance string) error {
+// release stops an instance's runner and removes everything of the instance. PostgreSQL hands no WAL over any more.
+func (g *local) release(ctx context.Context, name, instance string, j *job.Job, spool spoolPolicy) error {
+	if spool == keepSpool {
+		// The last of it may just have come.
+		if err := g.awaitSpool(ctx, name, instance, j); err != nil {
+			return err
+		}
+	}
 	r := g.runner(name, instance, account{})
 	if err := r.stop(ctx); err != nil {
+		return err
+	}
+	if spool == keepSpool {
+		// What was on its way while the runner stopped. The next one stores it.
+		if err := g.spooled(name, instance, j); err != nil {
+			return errors.Join(err, r.start(ctx))
+		}
+	}
+	if err := g.leaveSlot(ctx, name, instance, knownInstance(j, instance)); err != nil {
 		return err
 	}
 	if err := r.remove(ctx); err != nil {
 		return err
 	}
+	if j != nil {
+		directory := g.layout.SpoolDirectory(j, instance)
+		if err := os.RemoveAll(directory); err != nil {
+			return err
+		}
+		if j.WAL.TempFolder != "" {
+			if err := prune(filepath.Dir(directory), j.WAL.TempFolder); err != nil {
+				return err
+			}
+		}
+	}
 	return os.RemoveAll(g.layout.StateDirectory(name, instance))
+}
+
+// spoolPatience is how long a runner that is to go may take to store what is in its temporary folder.
+const spoolPatience = 10 * time.Second
+
+// awaitSpool waits until the temporary folder is empty; *SpoolError if that takes too long.
+func (g *local) awaitSpool(ctx context.Context, name, instance string, j *job.Job) error {
+	began := time.Now()
+	for {
+		err := g.spooled(name, instance, j)
+		var left *SpoolError
+		if !errors.As(err, &left) || time.Since(began) > spoolPatience || ctx.Err() != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(200 * time.Millisecond):
+		}
+	}
+}
+
+// spooled fails with a *SpoolError while WAL lies in an instance's temporary folder, the one that j declares or an earlier
+// one. Without a job file it can only be looked for where the runner says that it may be.
+func (g *local) spooled(name, instance string, j *job.Job) error {
+	if j == nil {
+		j = &job.Job{Name: name}
+	}
+	e := &SpoolError{Instance: instance}
+	declared := g.layout.SpoolDirectory(j, instance)
+	for _, directory := range append(g.spoolPlaces(name, instance), declared) {
+		if strings.HasPrefix(directory, declared+"/") {
+			continue
+		}
+		n, err := sealedFiles(directory)
+		if err != nil {
+			return err
+		}
+		if n > 0 {
+			e.Directories = append(e.Directories, directory)
+			e.Files += n
+		}
+	}
+	if e.Files == 0 {
+		return nil
+	}
+	remove := sudo() + "rm -r"
+	for _, directory := range e.Directories {
+		remove += " " + word(directory)
+	}
+	e.Remedy = "# the runner stores them as soon as it reaches the repository; this shows how far it is:\n" +
+		g.layout.BinaryLink() + " status --job " + name + "\n# to lose them:\n# " + remove
+	return e
+}
+
+// spoolPlaces are the directories in which the runner, by its own notes, may have left WAL. No notes are none.
+func (g *local) spoolPlaces(name, instance string) []string {
+	var places []struct {
+		Directory string `json:"directory"`
+	}
+	b, err := os.ReadFile(filepath.Join(g.layout.StateDirectory(name, instance), "spools.json"))
+	if err != nil || json.Unmarshal(b, &places) != nil {
+		return nil
+	}
+	var out []string
+	for _, p := range places {
+		out = append(out, p.Directory)
+	}
+	return out
+}
+
+// sealedFiles counts the WAL files that wait below a directory. What has another ending was never whole, or was found to be
+// damaged.
+func sealedFiles(directory string) (n int, err error) {
+	err = filepath.WalkDir(directory, func(path string, d fs.DirEntry, err error) error {
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			return nil // none was ever needed, or one was stored just now
+		case err == nil && d.Type().IsRegular() && strings.HasSuffix(path, ".sealed"):
+			n++
+		}
+		return err
+	})
+	return n, err
 }
 
 // removeShared removes what all jobs share, if there is none left. A machine id that we made stays: it owns the names of

@@ -64,9 +64,12 @@ func canRestart(c cluster) error {
 	return err
 }
 
-// restartSettings are the settings that have to be others before WAL can be archived, and that take a restart; both at
-// once. A replica archives only with archive_mode = always. With wal_level = minimal, max_wal_senders is 0, which does:
-// pgark needs none.
+// sendersWanted is what max_wal_senders becomes where it is 0: PostgreSQL's own default.
+const sendersWanted = "10"
+
+// restartSettings are the settings that have to be others before WAL can be archived and streamed, and that take a restart;
+// all at once. A replica archives only with archive_mode = always. With wal_level = minimal, max_wal_senders is 0, which
+// does where nothing is streamed.
 func (s *inspected) restartSettings() map[string]string {
 	settings := map[string]string{}
 	mode := archiveModeOn
@@ -78,6 +81,9 @@ func (s *inspected) restartSettings() map[string]string {
 	}
 	if s.Setting(walLevel) == walLevelMinimal {
 		settings[walLevel] = "replica"
+	}
+	if s.stream != nil && s.Setting(maxWALSenders) == "0" {
+		settings[maxWALSenders] = sendersWanted
 	}
 	return settings
 }

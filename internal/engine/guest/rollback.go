@@ -25,6 +25,7 @@ type snapshot struct {
 	files     []savedFile
 	runners   map[string]int    // by instance: the process that answers
 	commands  map[string]string // by instance: archive_command in postgresql.auto.conf, where it is ours
+	waiting   map[string]bool   // by instance: commits wait for the runner because we made them
 }
 
 // savedFile is a file as it was.
@@ -38,7 +39,7 @@ type savedFile struct {
 
 // snapshot reads what restore puts back. previous is nil where there is no job file, or it cannot be read.
 func (g *local) snapshot(ctx context.Context, name string, previous *job.Job) (*snapshot, error) {
-	s := &snapshot{g: g, name: name, job: previous, runners: map[string]int{}, commands: map[string]string{}}
+	s := &snapshot{g: g, name: name, job: previous, runners: map[string]int{}, commands: map[string]string{}, waiting: map[string]bool{}}
 	var err error
 	if s.link, err = os.Readlink(g.layout.BinaryLink()); err != nil {
 		s.link = "" // none, or a file of somebody else's, which is not touched
@@ -57,6 +58,9 @@ func (g *local) snapshot(ctx context.Context, name string, previous *job.Job) (*
 		i := knownInstance(previous, instance)
 		if i.DataDirectory == "" {
 			continue
+		}
+		if s.waiting[instance], err = g.holdsSynchronous(name, i); err != nil {
+			return nil, err
 		}
 		if auto, err := readAutoConf(i.DataDirectory); err == nil {
 			if command, _ := confSetting(auto, archiveCommand); g.jobOfCommand(command) == name {
@@ -128,7 +132,8 @@ func (s *snapshot) restore(ctx context.Context) (restored bool, err error) {
 		if slices.Contains(s.instances, instance) {
 			continue
 		}
-		if err := s.g.letGo(ctx, s.name, instance, job.Instance{}); err != nil {
+		// They have no image yet: their WAL alone restores nothing.
+		if err := s.g.letGo(ctx, s.name, instance, nil, discardSpool); err != nil {
 			return false, err
 		}
 	}
@@ -141,6 +146,9 @@ func (s *snapshot) restore(ctx context.Context) (restored bool, err error) {
 			return false, err
 		}
 		if err := s.restoreCommand(ctx, i); err != nil {
+			return false, err
+		}
+		if err := s.restoreWaiting(ctx, i); err != nil {
 			return false, err
 		}
 	}
@@ -213,13 +221,28 @@ func (s *snapshot) restoreCommand(ctx context.Context, i job.Instance) error {
 	return postgres.Reload(ctx, conn)
 }
 
+// restoreWaiting has commits wait for the runner, or not, as they did.
+func (s *snapshot) restoreWaiting(ctx context.Context, i job.Instance) error {
+	owner, err := lookupAccount(i.Owner)
+	if err != nil {
+		return err
+	}
+	if !s.waiting[i.Name] {
+		return s.g.releaseSynchronous(ctx, s.name, i, owner)
+	}
+	if err := s.g.awaitStream(ctx, s.name, i.Name); err != nil {
+		return err
+	}
+	return s.g.takeSynchronous(ctx, s.name, i, owner)
+}
+
 // undo takes back what a failed Apply has done, in time of its own, and says in the error how that went.
 func (a *application) undo(ctx context.Context, fresh bool, failure *ApplyError) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), rollbackTimeout)
 	defer cancel()
 	if fresh {
 		// The link first: it goes with the last job, or has to lead other jobs where it did.
-		err := errors.Join(a.before.restoreLink(), a.g.remove(ctx, a.job.Name))
+		err := errors.Join(a.before.restoreLink(), a.g.remove(ctx, a.job.Name, discardSpool))
 		if err != nil {
 			failure.Err = errors.Join(failure.Err, fmt.Errorf("and putting everything back: %w", err))
 			return

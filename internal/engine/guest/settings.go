@@ -26,13 +26,18 @@ import (
 
 const closeTimeout = 2 * time.Second
 
-// The settings that take a restart, as far as they are ours to change.
+// The settings that are ours to change.
 const (
-	archiveMode    = "archive_mode"
-	archiveCommand = "archive_command"
-	archiveLibrary = "archive_library"
-	walLevel       = "wal_level"
+	archiveMode      = "archive_mode"
+	archiveCommand   = "archive_command"
+	archiveLibrary   = "archive_library"
+	walLevel         = "wal_level"
+	maxWALSenders    = "max_wal_senders"
+	synchronousNames = "synchronous_standby_names"
 )
+
+// restarted are those of them that take a restart.
+var restarted = []string{archiveMode, walLevel, maxWALSenders}
 
 // remembered is settings.json: what postgresql.auto.conf said of the settings that are ours to change, before we did.
 type remembered struct {
@@ -161,12 +166,14 @@ func (g *local) takeSettings(
 	}
 	defer closeNow(conn)
 	// The checks were made before the guest was locked: somebody may have restarted the server since, to the same end.
-	settings, err := postgres.ReadSettings(ctx, conn, archiveMode, walLevel)
+	settings, err := postgres.ReadSettings(ctx, conn, restarted...)
 	if err != nil {
 		return false, err
 	}
 	restart = maps.Clone(restart)
-	maps.DeleteFunc(restart, func(setting, value string) bool { return settings[setting].Value == value })
+	maps.DeleteFunc(restart, func(setting, value string) bool {
+		return settings[setting].Value == value || setting == maxWALSenders && settings[setting].Value != "0"
+	})
 	r, err := g.recall(name, i)
 	if err != nil {
 		return false, err
@@ -442,7 +449,9 @@ func (g *local) putBack(ctx context.Context, name, instance string, known job.In
 		return nil
 	}
 	if !running {
-		delete(back, walLevel) // whether it could be started with that is not to be known
+		// Whether it could be started with that, and who would be locked out, is not to be known.
+		delete(back, walLevel)
+		delete(back, maxWALSenders)
 		if err := editAutoConf(i.DataDirectory, auto, back); err != nil {
 			return &SettingsError{Instance: instance, Err: err}
 		}
@@ -540,18 +549,22 @@ func alterBack(ctx context.Context, i job.Instance, back map[string]*string, r *
 		return false, err
 	}
 	defer closeNow(conn)
-	if _, ok := back[walLevel]; ok {
-		if _, too := back[archiveMode]; !too || !startsMinimal(ctx, conn, i.DataDirectory) {
-			delete(back, walLevel)
-		}
+	level, lowersLevel := back[walLevel]
+	delete(back, walLevel)
+	if _, ok := back[maxWALSenders]; ok && othersReplicate(ctx, conn) {
+		delete(back, maxWALSenders)
 	}
 	for setting, value := range back {
-		if value == nil {
-			err = postgres.AlterSystemReset(ctx, conn, setting)
-		} else {
-			err = postgres.AlterSystem(ctx, conn, setting, *value)
+		if err := alterTo(ctx, conn, setting, value); err != nil {
+			return false, err
 		}
-		if err != nil {
+	}
+	// After max_wal_senders, of which what the files say now counts.
+	_, modeToo := back[archiveMode]
+	_, sendersToo := back[maxWALSenders]
+	if lowersLevel && modeToo && startsMinimal(ctx, conn, i.DataDirectory, sendersToo) {
+		back[walLevel] = level
+		if err := alterTo(ctx, conn, walLevel, level); err != nil {
 			return false, err
 		}
 	}
@@ -570,6 +583,23 @@ func alterBack(ctx context.Context, i job.Instance, back map[string]*string, r *
 	return r.modeIsBack(auto) && settings[archiveMode].PendingRestart, nil
 }
 
+// alterTo makes a setting a value; nil: what the other configuration files say.
+func alterTo(ctx context.Context, conn *pgx.Conn, setting string, value *string) error {
+	if value == nil {
+		return postgres.AlterSystemReset(ctx, conn, setting)
+	}
+	return postgres.AlterSystem(ctx, conn, setting, *value)
+}
+
+// othersReplicate tells whether somebody but pgark streams WAL, or may come back to a slot: he would be locked out without
+// WAL senders. Whoever cannot be told from others counts.
+func othersReplicate(ctx context.Context, conn *pgx.Conn) bool {
+	var others bool
+	err := conn.QueryRow(ctx, `select exists (select from pg_catalog.pg_stat_replication where application_name is distinct from $1)
+		or exists (select from pg_catalog.pg_replication_slots where slot_name !~ '^pgark_')`, postgres.ApplicationName).Scan(&others)
+	return err != nil || others
+}
+
 // modeIsBack tells whether the file says of archive_mode, which took a restart to become ours, what it said before: then
 // the server has to be restarted once more, whoever has put it there, and whenever.
 func (r *remembered) modeIsBack(auto []confLine) bool {
@@ -580,18 +610,23 @@ func (r *remembered) modeIsBack(auto []confLine) bool {
 
 // startsMinimal tells whether the server would start with wal_level = minimal, as it did before: anything that somebody
 // has set up since which needs more keeps it from starting (postmaster.c, PostmasterMain; slot.c, RestoreSlotFromDisk).
-func startsMinimal(ctx context.Context, conn *pgx.Conn, dataDirectory string) bool {
+// sendersBack: max_wal_senders was put back just now, so that it is not yet what it will be.
+func startsMinimal(ctx context.Context, conn *pgx.Conn, dataDirectory string, sendersBack bool) bool {
 	var slots int
 	if err := conn.QueryRow(ctx, "select count(*) from pg_catalog.pg_replication_slots").Scan(&slots); err != nil || slots > 0 {
 		return false
 	}
-	settings, err := postgres.ReadSettings(ctx, conn, "max_wal_senders", "summarize_wal")
+	settings, err := postgres.ReadSettings(ctx, conn, maxWALSenders, "summarize_wal")
 	if err != nil {
 		return false
 	}
 	for name, s := range settings {
 		// What the files say counts at the start, also of what the server has not been told of yet.
-		for _, value := range []string{s.Value, cmp.Or(fileSetting(ctx, conn, dataDirectory, name), s.Value)} {
+		values := []string{s.Value, cmp.Or(fileSetting(ctx, conn, dataDirectory, name), s.Value)}
+		if name == maxWALSenders && sendersBack {
+			values = values[1:]
+		}
+		for _, value := range values {
 			if value != "0" && value != archiveModeOff {
 				return false
 			}

@@ -18,7 +18,7 @@ import (
 )
 
 // stateSettings are the settings that InstanceState shows.
-var stateSettings = []string{"archive_mode", "archive_command", "archive_library", "wal_level", "full_page_writes"}
+var stateSettings = []string{archiveMode, archiveCommand, archiveLibrary, walLevel, "full_page_writes", synchronousNames}
 
 // State implements Guest.
 func (g *local) State(ctx context.Context, name string) (*State, error) {
@@ -61,6 +61,12 @@ func (g *local) State(ctx context.Context, name string) (*State, error) {
 		state, err := g.instanceState(ctx, name, instance, i)
 		if err != nil {
 			return nil, fmt.Errorf("job %s: instance %s: %w", name, instance, err)
+		}
+		if s.Job != nil {
+			state.Waiting = s.Job.WantsSynchronous()
+			if slot := job.SlotName(name); !s.Job.WantsSlot() && hasSlot(i.DataDirectory, slot) {
+				state.LeftSlot = slot
+			}
 		}
 		s.Instances = append(s.Instances, state)
 	}
@@ -139,6 +145,16 @@ func (g *local) instanceState(ctx context.Context, name, instance string, i job.
 		}
 	}
 	return s, nil
+}
+
+// hasSlot tells whether a cluster has a replication slot, also of one that does not run: each has a directory (slot.c).
+func hasSlot(dataDirectory, slot string) bool {
+	info, err := os.Stat(slotDirectory(dataDirectory, slot))
+	return err == nil && info.IsDir()
+}
+
+func slotDirectory(dataDirectory, slot string) string {
+	return filepath.Join(dataDirectory, "pg_replslot", slot)
 }
 
 // readSettings reads the settings of a server that runs, and those that are pending.

@@ -74,9 +74,13 @@ func (l Layout) SettingsFile(job, instance string) string {
 	return filepath.Join(l.StateDirectory(job, instance), "settings.json")
 }
 
-// SpoolDirectory is the temporary folder of an instance where the job declares none.
-func (l Layout) SpoolDirectory(job, instance string) string {
-	return filepath.Join(l.StateDirectory(job, instance), "spool")
+// SpoolDirectory is where WAL of an instance waits while the repository is away: in the temporary folder that the job
+// declares, which its instances and other jobs may share, or beside what else the runner remembers.
+func (l Layout) SpoolDirectory(j *Job, instance string) string {
+	if j.WAL.TempFolder != "" {
+		return filepath.Join(j.WAL.TempFolder, j.Name, instance)
+	}
+	return filepath.Join(l.StateDirectory(j.Name, instance), "spool")
 }
 
 // RunRoot is the parent of all run directories.
