@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
-	"syscall"
 	"time"
 
 	"github.com/pgark/terraform-provider-pgark/internal/engine/daemon/control"
@@ -32,13 +31,13 @@ func classify(err error) (blame, control.StoreState) {
 		return blameFile, control.StoreConflicting // what is stored under the name is not this file
 	case errors.Is(err, objectstore.ErrNoBucket):
 		return blameStore, control.StoreMissing
-	case errors.Is(err, syscall.EROFS):
+	case errors.Is(err, objectstore.ErrReadOnly):
 		return blameStore, control.StoreReadOnly
-	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+	case errors.Is(err, objectstore.ErrFull):
 		return blameStore, control.StoreFull
-	case errors.Is(err, objectstore.ErrAccess):
+	case errors.Is(err, objectstore.ErrAccess): // ErrExpired and ErrClock come with it
 		return blameStore, control.StoreDenied
-	case errors.Is(err, objectstore.ErrRegion):
+	case errors.Is(err, objectstore.ErrBusy), errors.Is(err, objectstore.ErrRegion):
 		return blameStore, control.StoreRefusing
 	case objectstore.IsTransient(err):
 		return blameStore, control.StoreAway
@@ -243,7 +242,7 @@ func storeText(s control.StoreState) (slog.Level, string) {
 	case control.StoreMissing:
 		return slog.LevelError, "the repository is not there: no wal is lost while this server lives, but somebody must look"
 	case control.StoreConflicting:
-		return slog.LevelError, "the repository holds other content under a name of ours: PostgreSQL keeps the file; do two servers write to one series?"
+		return slog.LevelError, "other content is stored under the name of a file of ours, which stays where it is: do two servers write to one series?"
 	}
 	return slog.LevelError, "the repository: " + string(s)
 }

@@ -111,10 +111,12 @@ type run struct {
 	end    uint64 // everything up to it is there, from where the repository begins
 	ahead  spans  // there too, behind a hole
 
+	told    uint64 // holes before this segment were told of by an earlier run
+	foreign uint64 // holes before this segment may be another server's work
+
 	// Of the hole behind end.
-	since    time.Time     // it has been looked for in vain since; zero: it has not
-	listed   time.Time     // when the repository was last asked
-	patience time.Duration // how long it must be missing before it is a gap
+	since  time.Time // it has been looked for in vain since; zero: it has not
+	listed time.Time // when the repository was last asked
 }
 
 func (r *run) there(first, last uint64) {
@@ -133,7 +135,6 @@ func (r *run) advance() {
 		if r.ahead[0].last > r.end {
 			r.end = r.ahead[0].last
 			r.since, r.listed = time.Time{}, time.Time{}
-			r.patience = patienceOwn
 		}
 		r.ahead = r.ahead[1:]
 	}
@@ -146,6 +147,9 @@ const (
 
 	// patienceOther is the same where another server's runner has stored what came before: it may still be at it.
 	patienceOther = time.Minute
+
+	// lookBack is how many segments before the first are looked at for holes that an earlier run may not have told of.
+	lookBack = 64
 
 	// lookEvery is the time between two looks at a hole, on this machine and in the repository.
 	lookEvery = time.Second
@@ -176,7 +180,9 @@ type watcher struct {
 	mu   sync.Mutex // guards news
 	news []postgres.SegmentName
 
-	runs map[postgres.Timeline]*run // of check only
+	// Of check only.
+	runs   map[postgres.Timeline]*run
+	raised map[postgres.Timeline]*spans // what was told of
 }
 
 // gap is a run of segments that is lost.
@@ -213,7 +219,7 @@ func (w *watcher) check(ctx context.Context, now time.Time) (again bool, err err
 		t := name.Timeline()
 		r := w.runs[t]
 		if r == nil {
-			r = &run{chain: w.chain(t), patience: patienceOwn}
+			r = &run{chain: w.chain(t)}
 			w.runs[t] = r
 		}
 		n := name.Number(w.size)
@@ -256,20 +262,20 @@ func (w *watcher) chain(t postgres.Timeline) chain {
 // seed learns where a timeline stands, from the first segment of it that has come: r.ahead has it.
 func (w *watcher) seed(ctx context.Context, r *run) error {
 	first := r.ahead[0].first
-	begin := func(end uint64, patience time.Duration) error {
-		r.seeded, r.end, r.patience = true, end, patience
+	begin := func(end uint64) error {
+		r.seeded, r.end = true, end
 		r.advance()
 		return nil
 	}
 	if first == 0 {
-		return begin(0, patienceOwn)
+		return begin(0)
 	}
 	// A timeline that began before our eyes goes on where its ancestor was left.
 	own := r.from(r.own)
 	if n := len(r.history); n > 0 && first >= own && own > 0 {
 		parent := w.runs[r.history[n-1].Timeline]
 		if parent != nil && parent.seeded && first == own {
-			return begin(min(parent.end, own-1), patienceOwn)
+			return begin(min(parent.end, own-1))
 		}
 	}
 	// What is on its way has come, as far as this question goes.
@@ -285,39 +291,67 @@ func (w *watcher) seed(ctx context.Context, r *run) error {
 		first--
 	}
 	if first == 0 {
-		return begin(0, patienceOwn)
+		return begin(0)
 	}
-	// Usually, the segment before is there.
-	previous := r.name(first - 1)
-	for e, err := range w.archive.ListWAL(ctx, r.at(first-1), previous) {
-		if err != nil {
-			return err
-		}
-		if e.Name == previous {
-			return begin(first-1, patienceOwn)
-		}
-		break
+	// Usually, the segment before is there, and those before it.
+	from := uint64(0)
+	if first > lookBack {
+		from = first - lookBack
 	}
-	// Else the last one before it is where the run was broken off; there is none when the cluster was not protected
-	// before.
-	last, found, err := w.lastBefore(ctx, r, first)
+	near, err := w.stored(ctx, r, from, first-1)
 	if err != nil {
 		return err
 	}
-	if !found {
-		return begin(first-1, patienceOwn)
+	if len(near) == 0 {
+		// Else the last one before it is where the run was broken off; there is none when the cluster was not protected
+		// before.
+		last, found, err := w.lastBefore(ctx, r, first)
+		if err != nil {
+			return err
+		}
+		if !found {
+			for n := range onTheWay {
+				if n > 0 && n < first {
+					last, found = max(last, n-1), true
+				}
+			}
+			if found {
+				return begin(last)
+			}
+			return begin(first - 1)
+		}
+		near = spans{{last, last}}
 	}
-	patience := patienceOwn
-	info, err := w.archive.StatWAL(ctx, r.name(last))
-	switch {
-	case errors.Is(err, objectstore.ErrNotExist): // retention came by
-		return begin(first-1, patienceOwn)
-	case err != nil:
-		return err
-	case info.Host != w.host:
-		patience = patienceOther
+	end, latest := near[0].last, near[len(near)-1].last
+	if end == first-1 {
+		return begin(end)
 	}
-	return begin(last, patience)
+	// An earlier run may have told of these holes, or have ended before it did: an image tells. One that was taken because
+	// of a gap that we have told of says nothing of others.
+	if latest == first-1 && w.raised == nil {
+		head, err := w.archive.Head(ctx)
+		if err != nil {
+			return err
+		}
+		for _, s := range near[1:] {
+			if answered(head, r.size.Start(s.first)) {
+				r.told = s.first
+			}
+		}
+	}
+	for _, n := range []uint64{end, latest} {
+		info, err := w.archive.StatWAL(ctx, r.name(n))
+		if err != nil && !errors.Is(err, objectstore.ErrNotExist) { // retention may have come by
+			return err
+		}
+		if err == nil && info.Host != w.host {
+			r.foreign = first
+		}
+	}
+	for _, s := range near[1:] {
+		r.ahead.add(s.first, s.last)
+	}
+	return begin(end)
 }
 
 // lastBefore finds the last segment of the chain that the repository has before a number.
@@ -356,8 +390,8 @@ func (w *watcher) lastBefore(ctx context.Context, r *run, number uint64) (last u
 }
 
 // switchBefore is the last segment before the timeline of number.
-func (r *run) switchBefore(number uint64) uint64 {
-	from := r.from(r.at(number))
+func (c chain) switchBefore(number uint64) uint64 {
+	from := c.from(c.at(number))
 	if from == 0 {
 		return 0
 	}
@@ -400,10 +434,7 @@ func (w *watcher) look(ctx context.Context, r *run, now time.Time) error {
 	r.advance()
 	if r.end > end {
 		// Somebody else is at it.
-		r.listed = now
-		if len(stored) > 0 {
-			r.patience = patienceOther
-		}
+		r.listed, r.foreign = now, max(r.foreign, last+1)
 		return nil
 	}
 	for _, s := range stored {
@@ -417,7 +448,11 @@ func (w *watcher) look(ctx context.Context, r *run, now time.Time) error {
 	if r.since.IsZero() {
 		r.since = now
 	}
-	if now.Sub(r.since) < r.patience {
+	patience := patienceOwn
+	if first < r.foreign {
+		patience = patienceOther
+	}
+	if now.Sub(r.since) < patience {
 		return nil
 	}
 	head, err := w.archive.Head(ctx)
@@ -425,14 +460,44 @@ func (w *watcher) look(ctx context.Context, r *run, now time.Time) error {
 		return err
 	}
 	for _, m := range missing {
-		if matters(head, r.chain, m) {
-			w.alarm(gap{timeline: r.at(m.last), span: m, names: [2]string{r.name(m.first), r.name(m.last)}})
+		if m.first >= r.told && matters(head, r.chain, m) {
+			w.raise(r.chain, m)
 		}
 		r.ahead.add(m.first, m.last) // said once
 	}
+	since := r.since
 	r.since = time.Time{}
 	r.advance()
+	if r.end+1 < r.foreign {
+		r.since = since // the other server has had its time for the next hole, too
+	}
 	return nil
+}
+
+// raise tells of a gap, once: the way to the end of several timelines may lead across it.
+func (w *watcher) raise(c chain, m span) {
+	if w.raised == nil {
+		w.raised = make(map[postgres.Timeline]*spans)
+	}
+	var fresh spans
+	for n := m.first; n <= m.last; {
+		t := c.at(n)
+		last := m.last
+		for c.at(last) != t {
+			last = c.switchBefore(last)
+		}
+		if w.raised[t] == nil {
+			w.raised[t] = &spans{}
+		}
+		for _, s := range w.raised[t].without(n, last) {
+			fresh.add(s.first, s.last)
+		}
+		w.raised[t].add(n, last)
+		n = last + 1
+	}
+	for _, s := range fresh {
+		w.alarm(gap{timeline: c.at(s.last), span: s, names: [2]string{c.name(s.first), c.name(s.last)}})
+	}
 }
 
 // matters tells whether a gap costs anything: an image before it, present or in the making, could have been recovered
@@ -450,6 +515,16 @@ func matters(h *repository.Head, c chain, m span) bool {
 	for i := range h.Images {
 		image := &h.Images[i]
 		if image.StartLSN < end && (image.Timeline == c.own || c.history.Includes(image.Timeline, image.StopLSN)) {
+			return true
+		}
+	}
+	return false
+}
+
+// answered tells whether an image was taken since a gap that ends there: so somebody was told.
+func answered(h *repository.Head, end postgres.LSN) bool {
+	for i := range h.Images {
+		if h.Images[i].StartLSN >= end {
 			return true
 		}
 	}

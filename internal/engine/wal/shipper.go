@@ -925,10 +925,16 @@ func (s *Shipper) drain(ctx context.Context, name string, probe bool) {
 	s.mu.Lock()
 	s.health.succeeded(began, now, stored)
 	s.counted(func(c *counts) { c.stored(receipt, now.Sub(kept)) })
-	if f := s.files[name]; f != nil && f.state == fileSpooled {
-		f.state, f.receipt = fileStored, receipt
-	}
 	delete(s.conflicts, name)
+	switch f := s.files[name]; {
+	case f == nil:
+	case f.state == fileSpooled:
+		f.state, f.receipt = fileStored, receipt
+	case f.state == fileRefused:
+		// Because the folder had other content: now there is the repository's to compare with.
+		f.state, f.notUntil, f.attempts = fileWaiting, time.Time{}, 0
+		s.queue.put(f, now)
+	}
 	close(s.changed)
 	s.changed = make(chan struct{})
 	s.mu.Unlock()

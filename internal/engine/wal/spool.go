@@ -151,7 +151,7 @@ func (s *Spool) path(name string) string { return filepath.Join(s.dir, name+seal
 // (repository.Series.ReadSealed).
 func (s *Spool) Put(w *repository.SealedWAL, read ReadSealed) (err error) {
 	defer func() {
-		if err != nil {
+		if _, told := errors.AsType[*SpoolConflictError](err); err != nil && !told {
 			err = fmt.Errorf("keep wal %s in %s: %w", w.Info.Name, s.dir, err)
 		}
 	}()

@@ -1,0 +1,131 @@
+package wal
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/pgark/terraform-provider-pgark/internal/engine/postgres"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/repository"
+	"github.com/pgark/terraform-provider-pgark/test/s3test"
+)
+
+// realWAL names a directory of whole segments of 16 MiB, for the benchmark.
+const realWAL = "PGARK_BENCH_WAL"
+
+// BenchmarkBacklog pushes segments as PostgreSQL does, to an S3 server on this machine, without TLS: so the CPU time
+// includes what TLS would make unnecessary, the body's SHA-256.
+func BenchmarkBacklog(b *testing.B) {
+	dir := os.Getenv(realWAL)
+	if dir == "" {
+		b.Skipf("set %s to a directory of WAL segments", realWAL)
+	}
+	source, err := filepath.Glob(filepath.Join(dir, strings.Repeat("[0-9A-F]", 24)))
+	if err != nil || len(source) == 0 {
+		b.Fatalf("%s: found no segments: %v", dir, err)
+	}
+	defer debug.SetGCPercent(debug.SetGCPercent(50)) // as the runner does
+	for _, adaptive := range []bool{false, true} {
+		b.Run(map[bool]string{false: "zstd", true: "adaptive"}[adaptive], func(b *testing.B) {
+			store := s3test.Start(b).Open("backlog/" + strconv.Itoa(b.N))
+			repo, _, err := repository.Create(b.Context(), store, nil)
+			if err != nil {
+				b.Fatal(err)
+			}
+			data := b.TempDir()
+			if err := os.MkdirAll(filepath.Join(data, "pg_wal", "archive_status"), 0o700); err != nil {
+				b.Fatal(err)
+			}
+			first, err := os.ReadFile(source[0])
+			if err != nil {
+				b.Fatal(err)
+			}
+			header, err := postgres.ParseWALHeader(first)
+			if err != nil {
+				b.Fatal(err)
+			}
+			var paths []string
+			for n := range b.N {
+				from := source[n%len(source)]
+				name := filepath.Base(from)
+				if n >= len(source) {
+					b.Fatalf("found %d segments, expected %d: run with -benchtime=%dx", len(source), b.N, len(source))
+				}
+				path := filepath.Join(data, "pg_wal", name)
+				if err := os.Link(from, path); err != nil {
+					b.Fatal(err)
+				}
+				if err := os.WriteFile(filepath.Join(data, "pg_wal", "archive_status", name+".ready"), nil, 0o600); err != nil {
+					b.Fatal(err)
+				}
+				paths = append(paths, path)
+			}
+			s, err := New(Options{
+				Series:        repo.Series(repository.SeriesID{Job: "orders", Instance: "main", SystemID: header.SystemID}),
+				DataDirectory: data, SystemID: header.SystemID, SegmentSize: header.SegmentSize, Host: "db1", Adaptive: adaptive,
+			})
+			if err != nil {
+				b.Fatal(err)
+			}
+			time.Sleep(settle)
+			runtime.GC()
+			before := cpuTime(b)
+			b.ResetTimer()
+			ctx, cancel := context.WithCancel(b.Context())
+			done := make(chan error, 1)
+			go func() { done <- s.Run(ctx) }()
+			for _, path := range paths {
+				if _, err := s.Ship(ctx, path); err != nil {
+					b.Fatal(err)
+				}
+			}
+			b.StopTimer()
+			used := cpuTime(b) - before
+			cancel()
+			if err := <-done; err != nil {
+				b.Fatal(err)
+			}
+			st := s.Status()
+			b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "segments/s")
+			b.ReportMetric(float64(used.Milliseconds())/float64(b.N), "cpu-ms/segment")
+			b.ReportMetric(float64(st.StoredBytes)/float64(b.N)/1024, "stored-KiB/segment")
+			b.ReportMetric(float64(s.gate.limit()), "uploads")
+			b.ReportMetric(float64(peakMemory(b))/(1<<20), "peak-MiB")
+		})
+	}
+}
+
+// cpuTime is what this process has used.
+func cpuTime(tb testing.TB) time.Duration {
+	tb.Helper()
+	var u syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+		tb.Fatal(err)
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+// peakMemory is the most that this process has held in memory, in bytes.
+func peakMemory(tb testing.TB) int64 {
+	tb.Helper()
+	b, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	for _, line := range strings.Split(string(b), "\n") {
+		var kib int64
+		if n, _ := fmt.Sscanf(line, "VmHWM: %d kB", &kib); n == 1 {
+			return kib << 10
+		}
+	}
+	tb.Fatal("found no VmHWM in /proc/self/status")
+	return 0
+}
