@@ -40,6 +40,7 @@ func TestMajors(t *testing.T) {
 			t.Run("settings", func(t *testing.T) { checkSettings(t, c.For(t)) })
 			t.Run("backup", func(t *testing.T) { checkBackup(t, c.For(t), size) })
 			t.Run("wal", func(t *testing.T) { checkWAL(t, c.For(t), size) })
+			t.Run("records", func(t *testing.T) { checkRecords(t, c.For(t), size) })
 			t.Run("pages", func(t *testing.T) { checkPages(t, c.For(t)) })
 			t.Run("postmaster", func(t *testing.T) { checkPostmaster(t, c.For(t)) })
 		})
