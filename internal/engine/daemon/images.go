@@ -134,14 +134,16 @@ func (m *images) dueForGap() (due, lost time.Time) {
 	return later(m.gapAt, m.gapAfter), m.gapAt
 }
 
-// madeUp notes an image: the gaps found before it began are bridged.
-func (m *images) madeUp(began time.Time, id string) {
+// taken notes an image: what was due before it began is settled, and the gaps found before are bridged.
+func (m *images) taken(plan *plan, began time.Time, id string) {
 	m.mu.Lock()
 	if m.gapAt.Before(began) {
 		m.gapAt = time.Time{}
 	}
-	m.gapAfter = time.Now().Add(max(gapImageAgain, 2*time.Since(began)))
+	open := m.gapAt
 	m.mu.Unlock()
+	plan.taken(began)
+	plan.lost(open)
 	m.p.d.bridge(began, id)
 }
 
@@ -201,8 +203,7 @@ func (m *images) run(ctx context.Context) {
 		case t = <-m.demand:
 			now = time.Now()
 			if err := m.take(ctx, t); err == nil {
-				plan.taken(now)
-				m.madeUp(now, t.info.SID.String())
+				m.taken(plan, now, t.info.SID.String())
 				again = time.Time{}
 			}
 		case <-timer.C:
@@ -216,8 +217,7 @@ func (m *images) run(ctx context.Context) {
 			wait := max(time.Duration(c.job.Image.Retry.Wait), time.Second)
 			if forGap {
 				m.p.d.log.Warn("an image is taken because wal was lost", "found_at", lost.UTC().Format(time.RFC3339))
-				if m.takeForGap(ctx, t, now, wait) {
-					plan.taken(now)
+				if m.takeForGap(ctx, plan, t, now, wait) {
 					again = time.Time{}
 				}
 				break
@@ -226,8 +226,7 @@ func (m *images) run(ctx context.Context) {
 			err := m.take(ctx, t)
 			switch {
 			case err == nil:
-				plan.taken(now)
-				m.madeUp(now, t.info.SID.String())
+				m.taken(plan, now, t.info.SID.String())
 				again, excused = time.Time{}, false
 			case ctx.Err() != nil:
 				plan.excuse() // it is due again when the runner is back
@@ -257,10 +256,11 @@ func (m *images) run(ctx context.Context) {
 
 // takeForGap takes an image that the schedule knows nothing of: its failure takes none of the schedule's attempts away,
 // and it is tried until it is there.
-func (m *images) takeForGap(ctx context.Context, t *taking, now time.Time, wait time.Duration) bool {
+func (m *images) takeForGap(ctx context.Context, plan *plan, t *taking, now time.Time, wait time.Duration) bool {
 	switch err := m.take(ctx, t); {
 	case err == nil:
-		m.madeUp(now, t.info.SID.String())
+		m.taken(plan, now, t.info.SID.String())
+		m.putOff(time.Now().Add(max(gapImageAgain, 2*time.Since(now))))
 		return true
 	case serverAway(err):
 		m.putOff(time.Now().Add(serverAwayWait))

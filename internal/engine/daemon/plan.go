@@ -62,6 +62,9 @@ func (m *images) plan(ctx context.Context) *plan {
 		m.mu.Lock()
 		m.last = &newest
 		m.mu.Unlock()
+		if newest.StartedAt.After(p.GapAt) {
+			p.lost(time.Time{}) // the image was there before this could be noted
+		}
 		if p.ConsideredAt.IsZero() {
 			p.ConsideredAt, p.Schedule = newest.StartedAt, scheduleOf(c.job)
 		}
