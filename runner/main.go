@@ -101,6 +101,7 @@ done, 2 when it was asked wrongly, 3 when a restore cannot reach its target, and
 		newMetricsCommand(),
 		newRestoreCommand(),
 		newRetentionCommand(),
+		newVerifyCommand(),
 		newGuestCommand(),
 		newVersionCommand(),
 	)

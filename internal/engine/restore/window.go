@@ -52,16 +52,23 @@ func cover(stretches []stretch, i repository.ImageInfo) (stretch, bool) {
 
 // missing says what the image needs and the path lacks; "" if nothing.
 func (v *inventory) missing(p route, i repository.ImageInfo) string {
+	_, _, why := v.lacks(p, i)
+	return why
+}
+
+// lacks names the first segment that the image needs and the path does not have to its end, and says how far it goes.
+func (v *inventory) lacks(p route, i repository.ImageInfo) (name postgres.SegmentName, from postgres.LSN, why string) {
 	for n := v.size.Number(i.StartLSN); n <= v.size.NumberBefore(i.StopLSN); n++ {
 		_, until, ok := v.find(p, n)
-		switch name := postgres.MakeSegmentName(i.Timeline, n, v.size); {
+		name = postgres.MakeSegmentName(i.Timeline, n, v.size)
+		switch {
 		case !ok:
-			return fmt.Sprintf("WAL %s is missing", name)
+			return name, v.size.Start(n), fmt.Sprintf("WAL %s is missing", name)
 		case until < min(v.size.Start(n+1), i.StopLSN):
-			return fmt.Sprintf("WAL %s ends at %s", name, until)
+			return name, until, fmt.Sprintf("WAL %s ends at %s", name, until)
 		}
 	}
-	return ""
+	return "", 0, ""
 }
 
 // span is a window before its times are known.
