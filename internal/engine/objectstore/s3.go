@@ -179,8 +179,9 @@ func (s *s3Store) do(ctx context.Context, op, key string, attempt func(*watchdog
 			}
 			return err
 		}
-		if err := sleep(ctx, wait); err != nil {
-			return err
+		if ended := sleep(ctx, wait); ended != nil {
+			// Who gave up wants to know what the store had to say; what may be retried is no question any more.
+			return fmt.Errorf("%w; before that: %s", ended, err.Error())
 		}
 	}
 }

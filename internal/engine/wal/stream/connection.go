@@ -89,6 +89,7 @@ func (s *Streamer) connection(ctx context.Context, wg *sync.WaitGroup) (streamed
 		l := s.follow(timeline, from, sys.Flushed)
 		err := conn.Start(begin, timeline, from, s.o.Slot)
 		if err == nil {
+			s.begun(!streamed)
 			var some bool
 			some, err = s.receive(ctx, conn, l, from)
 			streamed = streamed || some
@@ -137,15 +138,21 @@ func (s *Streamer) follow(timeline postgres.Timeline, from, serverEnd postgres.L
 	return l
 }
 
+// begun counts a connection that streams, unless it only goes on with what another began.
+func (s *Streamer) begun(first bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if first && !s.rejoining {
+		s.account.streams++
+	}
+	s.rejoining = false
+}
+
 // receive takes what comes until the stream ends.
 func (s *Streamer) receive(ctx context.Context, conn *postgres.Replication, l *ledger, from postgres.LSN) (streamed bool, err error) {
 	s.mu.Lock()
 	now := time.Now()
 	s.account.connected, s.account.since, s.account.heard = true, now, now
-	if !s.rejoining {
-		s.account.streams++
-	}
-	s.rejoining = false
 	s.link = link{}
 	s.mu.Unlock()
 	s.o.Log.Info("streaming wal", "timeline", uint32(l.timeline), "from", from.String())

@@ -39,7 +39,7 @@ const (
 	synchronousGap = 2 * time.Millisecond
 
 	backoffFirst = 100 * time.Millisecond
-	backoffMost  = 5 * time.Second
+	backoffMost  = 2 * time.Second
 
 	// rememberStored is how many whole segments are remembered as durable, for a stream that is behind the shipper.
 	rememberStored = 1024

@@ -3,6 +3,7 @@ package stream
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"slices"
 	"sync"
@@ -124,7 +125,7 @@ func (s *Streamer) worthwhile() bool {
 // put stores one tail.
 func (s *Streamer) put(ctx context.Context, c *cut) {
 	limit := putTimeout + time.Duration(len(c.raw))*time.Second/putSlowest
-	attempt, cancel := context.WithTimeout(ctx, limit)
+	attempt, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("store wal from %s: not done within %s", c.tail, limit.Round(time.Second)))
 	defer cancel()
 	info := repository.WALInfo{StoredAt: c.begun.UTC(), Host: s.o.Host, FirstTime: moment(c.firstTime), LastTime: moment(c.lastTime)}
 	size, err := s.o.Archive.PutTail(attempt, c.tail, info, c.raw)
