@@ -6,19 +6,33 @@
 // command exits 0; then it may remove the file. A Shipper lives in the runner and stands behind that command (Push, a
 // small client, asks it over the runner's socket). It does not wait to be asked: it looks into pg_wal/archive_status,
 // where PostgreSQL marks what it has finished, and ships several files at once, so that most requests are answered from
-// memory. The order in which files are acknowledged is PostgreSQL's own.
+// memory. The order in which files are acknowledged is PostgreSQL's own. Package stream, which receives WAL as it is
+// written, tells it of each segment whose end has passed by: that one lies whole in pg_wal before PostgreSQL marks it, and
+// on a standby it may never do so.
 //
-// A file is read once. Its length, the segment's header (system identifier, timeline and position against its name) and
-// its pages' addresses are checked; times of its first and last commit and its digest are taken; it is compressed,
-// sealed and stored under its name, if absent. The answer is yes only when the object is durable. The same content
-// again is success, other content is a repository.WALConflictError, and stays one.
+// A file is read once, into memory. Its length, the segment's header (system identifier, timeline and position against
+// its name) and its pages' addresses are checked; times of its first and last commit and its digest are taken; it is
+// compressed, sealed and stored under its name, if absent. The same content again is success, other content is a
+// repository.WALConflictError, and stays one. As many files are compressed at a time as there are CPUs, and as many
+// uploaded as that makes faster, within a fixed amount of memory.
 //
 // What was shipped ahead is vouched for only as long as the file is what was read: the same inode, size, and times of
 // change. A file that changed within a tick of the file system's clock before it was read is read again when it is asked
 // for.
 //
-// While the repository is away, requests are answered no after a while: PostgreSQL keeps its WAL, and asks again. The
-// Shipper goes on trying meanwhile, with all the files that wait.
+// # While the repository is away
+//
+// The answer is yes only when the object is durable: in the repository, or once that has taken nothing for some seconds,
+// in a Spool, a folder for sealed files on this machine. One upload at a time goes on asking whether the repository is
+// back. Then the folder is emptied in order, while newer files go straight to the repository; they share the places for
+// uploads. Where the folder is full, or none is given, requests are answered no after a while: PostgreSQL keeps its WAL,
+// and asks again. Nothing is ever dropped.
+//
+// # Gaps
+//
+// Segments become durable in any order. For each timeline the Shipper knows up to which one all are. When a later one is
+// durable and one before it is neither on its way, nor in pg_wal (then it is shipped now), nor in the repository, it is
+// lost: a gap, which is told of once, at once. WAL that no image needs, or that retention has removed, makes no gap.
 //
 // # And back
 //
@@ -31,7 +45,8 @@
 //     segment lies before a position that must be reached. A *GapError, never an end.
 //   - not known: the repository cannot be reached. An error, too.
 //
-// The unfinished last segment of a timeline (.partial, archived when another timeline took over) stands in for the whole
+// A segment that was never stored whole is put together from what was streamed of it (repository.Tail). The unfinished
+// last segment of a timeline (.partial, archived when another timeline took over) stands in for the whole
 // one where that is absent and nothing on its timeline follows.
 //
 // The package neither decides what WAL is still needed nor removes any.

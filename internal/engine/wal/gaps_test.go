@@ -154,6 +154,7 @@ func newHistory(t *rapid.T, dir string) *history {
 
 // In whatever order segments arrive, and whatever else happens: what is lost is reported, once, and nothing else is.
 func TestGaps_anyOrder(t *testing.T) {
+	t.Parallel()
 	root := t.TempDir()
 	runs := 0
 	rapid.Check(t, func(t *rapid.T) {
@@ -338,6 +339,7 @@ func TestGaps_anotherServer(t *testing.T) {
 
 // The whole way: PostgreSQL has lost a segment under us, and another still lies in pg_wal.
 func TestShip_gap(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	gaps := make(chan control.WALGap, 10)
 	s, stop := w.shipper(func(o *Options) { o.Gap = func(g control.WALGap) { gaps <- g } })

@@ -567,6 +567,9 @@ func (s *Shipper) next() func(ctx context.Context) {
 			if name, ok := s.spooled(); ok {
 				s.probing = true
 				s.draining[name] = true
+				if f != nil {
+					f.urgent = false // this attempt is what its request is worth
+				}
 				return func(ctx context.Context) { s.drain(ctx, name, true) }
 			}
 			if ready {
@@ -860,12 +863,15 @@ func (s *Shipper) failed(ctx context.Context, t task, r *reading, err error, aga
 // keep puts a sealed file into the temporary folder.
 func (s *Shipper) keep(ctx context.Context, t task, r *reading, w *repository.SealedWAL) {
 	f := t.file
+	began := time.Now()
 	err := s.spool.Put(w, s.o.Series.ReadSealed)
 	now := time.Now()
 	if err == nil {
 		receipt := Receipt{Name: f.name, Size: r.info.Size, Spooled: true, At: now}
 		s.mu.Lock()
-		s.spoolErr = nil
+		if s.spoolWait.Before(began) { // else another has found no room meanwhile
+			s.spoolErr = nil
+		}
 		s.settleFile(f, r, fileSpooled, nil)
 		f.receipt = receipt
 		s.done = append(s.done, f.name)

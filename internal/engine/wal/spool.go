@@ -180,7 +180,6 @@ func (s *Spool) Put(w *repository.SealedWAL, read ReadSealed) (err error) {
 	if err != nil {
 		return err
 	}
-	s.full = false
 	s.bytes += w.Size
 	s.files[w.Info.Name] = &spooledFile{size: w.Size, at: at, digest: w.Info.Digest}
 	if i, ok := slices.BinarySearchFunc(s.names, w.Info.Name, order); !ok {
@@ -219,7 +218,7 @@ func (s *Spool) room(size int64) error {
 	if err := unix.Statfs(s.dir, &fsys); err != nil {
 		return &fs.PathError{Op: "statfs", Path: s.dir, Err: err}
 	}
-	block := int64(fsys.Frsize)
+	block := fsys.Frsize
 	free := int64(fsys.Bavail)*block - s.written - size
 	reserve := int64(0)
 	if s.reserve > 0 {

@@ -269,6 +269,7 @@ func (w *world) outage(s *Shipper) {
 }
 
 func TestShip_outage(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	dir := t.TempDir()
 	var mu sync.Mutex
@@ -379,6 +380,7 @@ func TestShip_outage(t *testing.T) {
 
 // The folder is for WAL that was not stored for a while: until then, a request waits.
 func TestShip_shortOutageDoesNotSpool(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	s, _ := w.spooling(t.TempDir())
 	w.archive.fail(errAway)
@@ -391,6 +393,7 @@ func TestShip_shortOutageDoesNotSpool(t *testing.T) {
 }
 
 func TestShip_spoolFull(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	size := w.seal(segment(1, 1), content(segment(1, 1), 1)).Size
 	s, _ := w.spooling(t.TempDir(), func(o *Options) { o.SpoolLimit, o.AnswerAfter = 2*size+size/2, time.Second })
@@ -399,14 +402,21 @@ func TestShip_spoolFull(t *testing.T) {
 	for n := uint64(1); n <= 6; n++ {
 		paths = append(paths, w.finish(segment(1, n), content(segment(1, n), n)))
 	}
-	for i, p := range paths {
+	kept := 0
+	for _, p := range paths {
 		_, err := s.Ship(t.Context(), p)
-		if i < 2 && err != nil {
-			t.Fatal(err)
-		}
-		if i >= 2 && (!errors.As(err, new(*PendingError)) || !errors.Is(err, ErrSpoolFull)) {
+		switch {
+		case err == nil:
+			kept++
+		case !errors.As(err, new(*PendingError)) || !errors.Is(err, ErrSpoolFull):
 			t.Fatalf("got %v, expected *PendingError: the folder is full", err)
 		}
+	}
+	if kept != 2 {
+		t.Errorf("%d files were acknowledged, expected 2: there is room for no more", kept)
+	}
+	if n := s.Status().Failures; n > 40 {
+		t.Errorf("%d attempts failed: the repository is asked again and again", n)
 	}
 	if b := s.spool.Bytes(); b > s.o.SpoolLimit {
 		t.Errorf("the folder has %d bytes, its limit is %d", b, s.o.SpoolLimit)
@@ -426,6 +436,7 @@ func TestShip_spoolFull(t *testing.T) {
 
 // What two servers store under one name is a conflict, wherever it waits, and holds nothing else up.
 func TestShip_spooledConflict(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	s, _ := w.spooling(t.TempDir())
 	w.outage(s)
@@ -450,6 +461,7 @@ func TestShip_spooledConflict(t *testing.T) {
 }
 
 func TestShip_damagedInTheFolder(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	dir := t.TempDir()
 	s, stop := w.spooling(dir)

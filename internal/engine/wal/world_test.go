@@ -63,6 +63,7 @@ type faultyArchive struct {
 	mu    sync.Mutex
 	err   error
 	hang  chan struct{} // closed: stop hanging
+	delay time.Duration // of each; set before it is used
 	calls map[string]int
 }
 
@@ -84,6 +85,7 @@ func (a *faultyArchive) PutSealed(ctx context.Context, w *repository.SealedWAL) 
 	if err != nil {
 		return false, 0, err
 	}
+	time.Sleep(a.delay)
 	return a.Series.PutSealed(ctx, w)
 }
 
