@@ -95,6 +95,35 @@ func (s *stored) image(parent repository.SID, t postgres.Timeline, completed tim
 	return sid
 }
 
+// tail stores WAL of a timeline from one position to another.
+func (s *stored) tail(t postgres.Timeline, from, to float64, at time.Time) repository.Tail {
+	s.t.Helper()
+	x := repository.Tail{Timeline: t, Start: lsn(from), End: lsn(to)}
+	if _, err := s.PutTail(s.t.Context(), x, repository.WALInfo{StoredAt: at}, make([]byte, x.Size())); err != nil {
+		s.t.Fatal(err)
+	}
+	return x
+}
+
+func (s *stored) tailsLeft(t postgres.Timeline) []repository.Tail {
+	s.t.Helper()
+	var all []repository.Tail
+	for x, err := range s.ListTails(s.t.Context(), t, 0, ^postgres.LSN(0)) {
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		x.StoredSize = 0
+		all = append(all, x)
+	}
+	return all
+}
+
+// whole stores a segment that is as long as one.
+func (s *stored) whole(t postgres.Timeline, n uint64, at time.Time) {
+	s.t.Helper()
+	s.wal(string(postgres.MakeSegmentName(t, n, segment)), strings.Repeat("w", segment), at)
+}
+
 func (s *stored) names(t postgres.Timeline) []string {
 	s.t.Helper()
 	var names []string
@@ -357,5 +386,99 @@ func TestRead_histories(t *testing.T) {
 	}
 	if three.HistoryKnown || len(three.Files) != 2 {
 		t.Errorf("timeline 3: %+v", three)
+	}
+}
+
+func TestRun_tails(t *testing.T) {
+	s, _ := fourImages(t) // segments 1 to 45
+	s.whole(1, 46, daysAgo(0))
+	s.tail(1, 5, 5.5, daysAgo(8))   // below the floor
+	s.tail(1, 46, 46.5, daysAgo(0)) // its segment is whole
+	s.tail(1, 46.5, 47, daysAgo(0))
+	short := s.tail(1, 45, 45.5, daysAgo(0)) // what is stored under its segment's name is no segment
+	only := s.tail(1, 47, 47.5, daysAgo(0))
+	policy := Policy{Images: job.ImageRetention{KeepLast: 2}}
+
+	state, err := Read(t.Context(), s.Series)
+	if err != nil {
+		t.Fatal(err)
+	}
+	plan, err := Make(state, policy, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if w := plan.WAL[0]; w.Tails != 5 || w.DeletedTails != 4 || w.DeletedTailBytes == 0 {
+		t.Errorf("planned %+v", w)
+	}
+	r, err := Run(t.Context(), s.Series, policy, clock)
+	if err != nil || r.Tails != 3 || r.TailBytes == 0 || len(r.Held) != 0 {
+		t.Errorf("result %+v, %v", r, err)
+	}
+	if got := s.tailsLeft(1); !slices.Equal(got, []repository.Tail{short, only}) {
+		t.Errorf("left %v, expected %v and %v", got, short, only)
+	}
+}
+
+// A store that takes objects and lets none go leaves tails: that is no reason to fail.
+func TestRun_tailsInAnAppendOnlyStore(t *testing.T) {
+	s := newStored(t)
+	s.whole(1, 2, daysAgo(1))
+	s.whole(1, 3, daysAgo(1))
+	s.image(0, 1, daysAgo(1), 2)
+	s.tail(1, 2, 2.5, daysAgo(1))
+	s.tail(1, 2.5, 3, daysAgo(1))
+	repo, err := repository.Open(t.Context(), refusing{s.store})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := Run(t.Context(), repo.Series(s.ID()), Policy{}, clock)
+	if err != nil || r.Tails != 0 || len(r.Held) != 1 || !strings.HasPrefix(r.Held[0], "2 tails on timeline 1 that are not needed any more: ") {
+		t.Errorf("result %+v, %v", r, err)
+	}
+	if n := len(s.tailsLeft(1)); n != 2 {
+		t.Errorf("%d tails are left", n)
+	}
+}
+
+// refusing is a bucket whose policy forbids to delete.
+type refusing struct{ objectstore.Store }
+
+func (r refusing) Delete(context.Context, ...string) error {
+	return &objectstore.Error{Op: "delete", Store: r.URL(), Err: objectstore.ErrAccess}
+}
+
+func TestRead_tailsAreSignsOfLife(t *testing.T) {
+	s := newStored(t)
+	s.segments(1, 1, 3, daysAgo(5))
+	x := s.tail(1, 4, 4.5, daysAgo(1))
+	s.tail(2, 4, 4.5, daysAgo(2)) // a timeline without a whole segment yet
+	state, err := Read(t.Context(), s.Series)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if one := state.Timelines[1]; !one.LastStoredAt.Equal(daysAgo(1)) || len(one.Tails) != 1 || one.Tails[0].End != x.End || one.Tails[0].StoredSize == 0 {
+		t.Errorf("timeline 1: %+v", one)
+	}
+	if two := state.Timelines[2]; two == nil || !two.LastStoredAt.Equal(daysAgo(2)) || len(two.Tails) != 1 || len(two.Files) != 0 {
+		t.Errorf("timeline 2: %+v", two)
+	}
+}
+
+func TestEmpty_tails(t *testing.T) {
+	s := newStored(t)
+	s.whole(1, 2, daysAgo(1))
+	s.whole(1, 3, daysAgo(1))
+	s.image(0, 1, daysAgo(1), 2)
+	s.tail(1, 46, 46.5, daysAgo(0))
+	s.tail(2, 46, 46.75, daysAgo(0))
+	if err := Empty(t.Context(), s.Series); err != nil {
+		t.Fatal(err)
+	}
+	if n := s.objects("wal"); n != 0 || s.objects("image") != 0 {
+		t.Errorf("%d WAL objects and %d of images are left", n, s.objects("image"))
+	}
+	head, err := s.Head(t.Context())
+	if err != nil || head.Floor(1) != lsn(46.5) || head.Floor(2) != lsn(46.75) {
+		t.Errorf("floors %v, %v: expected where the tails end", head.WALFloor, err)
 	}
 }

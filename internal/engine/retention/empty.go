@@ -65,14 +65,31 @@ func emptyTimeline(ctx context.Context, series *repository.Series, t postgres.Ti
 		}
 		names, last = append(names, e.Name), f.Segment // in order of name
 	}
-	if len(names) == 0 {
-		return nil
+	var tails []repository.Tail
+	for tail, err := range series.ListTails(ctx, t, 0, ^postgres.LSN(0)) {
+		if err != nil {
+			return err
+		}
+		tails = append(tails, tail)
 	}
 	if size == 0 {
 		size = postgres.DefaultSegmentSize
 	}
-	if err := series.RaiseWALFloor(ctx, t, last.End(size)); err != nil {
+	floor := postgres.LSN(0)
+	if len(names) > 0 {
+		floor = last.End(size)
+	}
+	for _, tail := range tails {
+		floor = max(floor, tail.End)
+	}
+	if floor == 0 {
+		return nil
+	}
+	if err := series.RaiseWALFloor(ctx, t, floor); err != nil {
 		return err
 	}
-	return series.DeleteWAL(ctx, size, names...)
+	if err := series.DeleteWAL(ctx, size, names...); err != nil {
+		return err
+	}
+	return series.DeleteTails(ctx, tails...)
 }

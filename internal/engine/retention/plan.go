@@ -49,13 +49,18 @@ type WALDecision struct {
 	FirstDeleted string            `json:"first_deleted,omitempty"`
 	LastDeleted  string            `json:"last_deleted,omitempty"`
 
-	doomed []File
+	Tails            int   `json:"tails"` // stored now
+	DeletedTails     int   `json:"deleted_tails"`
+	DeletedTailBytes int64 `json:"deleted_tail_bytes"`
+
+	doomed      []File
+	doomedTails []repository.Tail
 }
 
 // Changes tells whether the plan removes anything.
 func (p *Plan) Changes() bool {
 	return slices.ContainsFunc(p.Images, func(i ImageDecision) bool { return !i.Keep }) ||
-		slices.ContainsFunc(p.WAL, func(w WALDecision) bool { return w.DeletedFiles > 0 || w.Floor > w.PresentFloor })
+		slices.ContainsFunc(p.WAL, func(w WALDecision) bool { return w.DeletedFiles > 0 || w.DeletedTails > 0 || w.Floor > w.PresentFloor })
 }
 
 // Make plans retention at the moment now. It has no effect.
@@ -312,7 +317,7 @@ func (m *maker) inWindowOfKept(cutoff time.Time) map[*image]bool {
 // decideWAL decides about one timeline.
 func (m *maker) decideWAL(t postgres.Timeline) WALDecision {
 	line := m.s.Timelines[t]
-	d := WALDecision{Timeline: t, PresentFloor: m.s.Head.Floor(t), Files: len(line.Files)}
+	d := WALDecision{Timeline: t, PresentFloor: m.s.Head.Floor(t), Files: len(line.Files), Tails: len(line.Tails)}
 	d.Floor, d.Reason = m.floor(t, line)
 	for _, f := range line.Files {
 		w, err := postgres.ParseWALFile(f.Name)
@@ -330,7 +335,24 @@ func (m *maker) decideWAL(t postgres.Timeline) WALDecision {
 			d.FirstDeleted = f.Name
 		}
 	}
+	for _, tail := range line.Tails {
+		if m.tailGoes(t, line, tail, d.Floor) {
+			d.doomedTails = append(d.doomedTails, tail)
+			d.DeletedTails++
+			d.DeletedTailBytes += tail.StoredSize
+		}
+	}
 	return d
+}
+
+// tailGoes tells whether a tail is of no use any more. The chain of a segment's tails begins at its start, so the segment
+// decides and not where the tail ends.
+func (m *maker) tailGoes(t postgres.Timeline, line *Timeline, tail repository.Tail, floor postgres.LSN) bool {
+	n := m.size.Number(tail.Start)
+	if len(m.images) == 0 || m.size.NumberBefore(tail.End) != n {
+		return false // images tell the size of segments; one of another size is not ours to judge
+	}
+	return line.stores(string(postgres.MakeSegmentName(t, n, m.size))) || m.size.Start(n+1) <= floor && !m.consistency(t, n)
 }
 
 // consistency tells whether an image that stays needs the segment to become consistent.
@@ -376,14 +398,21 @@ func (m *maker) floor(t postgres.Timeline, line *Timeline) (postgres.LSN, string
 	if reached {
 		return floor, reason
 	}
-	if len(line.Files) == 0 || !m.givenUp(t, line) {
+	if !m.givenUp(t, line) {
 		return 0, "no image reaches this timeline, but it may be in use"
 	}
-	f, err := postgres.ParseWALFile(line.Files[len(line.Files)-1].Name)
-	if err != nil || f.Segment.Check(m.size) != nil {
-		return 0, "its segments have another size"
+	end := postgres.LSN(0)
+	if n := len(line.Files); n > 0 {
+		f, err := postgres.ParseWALFile(line.Files[n-1].Name)
+		if err != nil || f.Segment.Check(m.size) != nil {
+			return 0, "its segments have another size"
+		}
+		end = f.Segment.End(m.size)
 	}
-	return f.Segment.End(m.size), "no image reaches this timeline, and a newer one is in use"
+	if n := len(line.Tails); n > 0 {
+		end = max(end, m.size.Start(m.size.Number(line.Tails[n-1].Start)+1))
+	}
+	return end, "no image reaches this timeline, and a newer one is in use"
 }
 
 // givenUp tells whether nobody writes timeline t any more: a later timeline has an image, and nothing was stored on t

@@ -54,6 +54,28 @@ func (s *series) wal(t postgres.Timeline, first, last uint64, stored time.Time) 
 	line.LastStoredAt = stored
 }
 
+// tails adds tails of a timeline; positions are segments and parts of them, in pairs of start and end.
+func (s *series) tails(t postgres.Timeline, positions ...float64) {
+	line := s.line(t)
+	for ; len(positions) > 0; positions = positions[2:] {
+		line.Tails = append(line.Tails, repository.Tail{Timeline: t, Start: lsn(positions[0]), End: lsn(positions[1]), StoredSize: 10})
+	}
+}
+
+// doomedTails gives the deleted tails by timeline, as in "1: 0.5-0.75".
+func doomedTails(p *Plan) string {
+	var out []string
+	for _, w := range p.WAL {
+		for _, x := range w.doomedTails {
+			out = append(out, fmt.Sprintf("%d: %g-%g", w.Timeline, float64(x.Start)/segment, float64(x.End)/segment))
+		}
+		if len(w.doomedTails) != w.DeletedTails || int64(10*w.DeletedTails) != w.DeletedTailBytes {
+			out = append(out, fmt.Sprintf("counted as %d of %d bytes", w.DeletedTails, w.DeletedTailBytes))
+		}
+	}
+	return strings.Join(out, "; ")
+}
+
 func (s *series) line(t postgres.Timeline) *Timeline {
 	if s.Timelines[t] == nil {
 		s.Timelines[t] = &Timeline{HistoryKnown: t == 1}
@@ -378,5 +400,85 @@ func TestPolicy_refused(t *testing.T) {
 		if _, err := Make(&s.State, p, now); err == nil || err.Error() != want {
 			t.Errorf("%v\nexpected %s", err, want)
 		}
+	}
+}
+
+func TestMake_tails(t *testing.T) {
+	for what, c := range map[string]struct {
+		build  func(s *series)
+		policy Policy
+		want   string
+	}{
+		"of segments that are whole": {func(s *series) {
+			s.image(1, daysAgo(1), 2, 2.5)
+			s.wal(1, 2, 5, daysAgo(0))
+			s.tails(1, 4, 4.5, 4.5, 5, 5, 5.5, 5.25, 5.5, 6, 6.5)
+		}, Policy{}, "1: 4-4.5; 1: 4.5-5; 1: 5-5.5; 1: 5.25-5.5"},
+		"of a segment that is there only as .partial": {func(s *series) {
+			s.image(1, daysAgo(1), 2, 2.5)
+			s.wal(1, 2, 3, daysAgo(0))
+			s.line(1).Files = append(s.line(1).Files, File{string(postgres.MakeSegmentName(1, 4, segment)) + ".partial", 1000})
+			s.tails(1, 4, 4.5)
+		}, Policy{}, ""},
+		"below the floor": {func(s *series) {
+			s.image(1, daysAgo(3), 2, 2.5)
+			s.image(1, daysAgo(1), 8.5, 8.75)
+			s.wal(1, 2, 2, daysAgo(0))
+			s.wal(1, 8, 8, daysAgo(0))
+			s.tails(1, 6, 6.5, 7, 7.5, 9, 9.5)
+		}, images(job.ImageRetention{KeepLast: 1}), "1: 6-6.5; 1: 7-7.5"},
+		"of the segment that the floor lies in": {func(s *series) {
+			s.image(1, daysAgo(3), 2, 2.5)
+			s.image(1, daysAgo(1), 8.5, 9.5)
+			s.wal(1, 2, 2, daysAgo(0))
+			s.wal(1, 9, 9, daysAgo(0)) // 8 is not there: the image may become restorable
+			s.tails(1, 8, 8.25, 8.25, 8.75)
+		}, images(job.ImageRetention{KeepLast: 1}), ""},
+		"above everything": {func(s *series) {
+			s.image(1, daysAgo(1), 2, 2.5)
+			s.wal(1, 2, 3, daysAgo(0))
+			s.tails(1, 4, 4.5, 7, 7.5) // with a gap
+		}, Policy{}, ""},
+		"without images, whose segments' size nobody knows": {func(s *series) {
+			s.wal(1, 2, 3, daysAgo(0))
+			s.tails(1, 2, 2.5)
+		}, Policy{}, ""},
+		"over two segments, so of another segment size": {func(s *series) {
+			s.image(1, daysAgo(1), 2, 2.5)
+			s.wal(1, 2, 3, daysAgo(0))
+			s.tails(1, 2, 3.5)
+		}, Policy{}, ""},
+		"of a timeline that has been given up": {func(s *series) {
+			s.image(1, daysAgo(9), 2, 2.5)
+			s.wal(1, 2, 3, daysAgo(9))
+			s.fork(3.5)
+			s.tails(2, 3, 3.75)
+			s.line(2).LastStoredAt = daysAgo(8)
+			s.line(3).History, s.line(3).HistoryKnown = postgres.History{{Timeline: 1, Switch: lsn(3.25)}}, true
+			s.wal(3, 3, 9, daysAgo(0))
+			s.image(3, daysAgo(1), 8, 8.5)
+		}, images(job.ImageRetention{KeepLast: 1}), "2: 3-3.75"},
+		"of a timeline that is being written": {func(s *series) {
+			s.image(1, daysAgo(9), 2, 2.5)
+			s.wal(1, 2, 3, daysAgo(9))
+			s.fork(3.5)
+			s.tails(2, 3, 3.75)
+			s.line(2).LastStoredAt = daysAgo(0)
+			s.line(3).History, s.line(3).HistoryKnown = postgres.History{{Timeline: 1, Switch: lsn(3.25)}}, true
+			s.wal(3, 3, 9, daysAgo(0))
+			s.image(3, daysAgo(1), 8, 8.5)
+		}, images(job.ImageRetention{KeepLast: 1}), ""},
+	} {
+		t.Run(what, func(t *testing.T) {
+			s := newSeries(t)
+			c.build(s)
+			p := s.plan(c.policy)
+			if got := doomedTails(p); got != c.want {
+				t.Errorf("deleted tails %q, expected %q", got, c.want)
+			}
+			if c.want != "" && !p.Changes() {
+				t.Error("the plan says that it changes nothing")
+			}
+		})
 	}
 }

@@ -18,6 +18,8 @@
 //   - A timeline that no image reaches is given up once a newer image was taken elsewhere and nothing was stored on it
 //     since. One whose history cannot be read (it is missing, or encrypted) is taken to descend from every lower one.
 //   - History files stay for ever.
+//   - A tail goes once its segment is stored whole, or ends at or below the floor and no image needs it to be consistent.
+//     Tails that are the only copy of WAL above the floor stay. The streamer removes tails itself as a rule.
 //
 // Removing (Apply) goes in the order that is safe to be interrupted anywhere and done again: images leave the head, the
 // WAL floors rise, WAL below them is deleted, and what no image refers to is collected.
@@ -84,7 +86,8 @@ type Timeline struct {
 	History      postgres.History // its ancestors
 	HistoryKnown bool             // false: the history file is missing, or encrypted to somebody else
 	Files        []File           // all but the history file, by name
-	LastStoredAt time.Time        // when the last of Files was stored, by the guest's clock
+	Tails        []repository.Tail
+	LastStoredAt time.Time // when the last of Files or Tails was stored, by the guest's clock
 }
 
 // File is a stored WAL file.
@@ -93,7 +96,7 @@ type File struct {
 	StoredSize int64 // bytes
 }
 
-// Read reads what Make needs: head, histories, and the names of all WAL files, some 64 bytes of memory each.
+// Read reads what Make needs: head, histories, and the names of all WAL files and tails, some 64 bytes of memory each.
 func Read(ctx context.Context, series *repository.Series) (*State, error) {
 	s := &State{Series: series.ID(), Timelines: make(map[postgres.Timeline]*Timeline)}
 	timelines, err := series.Timelines(ctx)
@@ -130,6 +133,21 @@ func readTimeline(ctx context.Context, series *repository.Series, t postgres.Tim
 			return nil, err
 		}
 		line.LastStoredAt = info.StoredAt
+	}
+	for tail, err := range series.ListTails(ctx, t, 0, ^postgres.LSN(0)) {
+		if err != nil {
+			return nil, err
+		}
+		line.Tails = append(line.Tails, tail)
+	}
+	if n := len(line.Tails); n > 0 {
+		info, err := series.StatTail(ctx, line.Tails[n-1])
+		if err != nil && !errors.Is(err, objectstore.ErrNotExist) {
+			return nil, err
+		}
+		if info.StoredAt.After(line.LastStoredAt) {
+			line.LastStoredAt = info.StoredAt
+		}
 	}
 	if t == 1 {
 		return line, nil
@@ -171,6 +189,8 @@ type Result struct {
 	ExpiredImages  []string `json:"expired_images"`
 	WALFiles       int      `json:"wal_files"`
 	WALBytes       int64    `json:"wal_bytes"`
+	Tails          int      `json:"tails"`
+	TailBytes      int64    `json:"tail_bytes"`
 	GarbageObjects int      `json:"garbage_objects"` // of images: packs, maps, manifests
 	GarbageBytes   int64    `json:"garbage_bytes"`
 	Held           []string `json:"held"` // why WAL that was planned to go has stayed
@@ -180,6 +200,8 @@ func (r *Result) add(o *Result) {
 	r.ExpiredImages = append(r.ExpiredImages, o.ExpiredImages...)
 	r.WALFiles += o.WALFiles
 	r.WALBytes += o.WALBytes
+	r.Tails += o.Tails
+	r.TailBytes += o.TailBytes
 	r.GarbageObjects += o.GarbageObjects
 	r.GarbageBytes += o.GarbageBytes
 	r.Held = o.Held
@@ -280,6 +302,45 @@ func (w *WALDecision) apply(ctx context.Context, series *repository.Series, size
 		}
 		r.WALFiles += len(batch)
 		r.WALBytes += bytes
+	}
+	return w.applyTails(ctx, series, size, floor, r)
+}
+
+// applyTails deletes the doomed tails whose segments end at or below the floor, and those whose segments are still stored
+// whole, which is asked once more because nothing else guards a tail.
+func (w *WALDecision) applyTails(ctx context.Context, series *repository.Series, size postgres.SegmentSize, floor postgres.LSN, r *Result) error {
+	var doomed []repository.Tail
+	var asked postgres.SegmentName
+	var whole bool
+	for _, tail := range w.doomedTails { // by segment
+		name := postgres.SegmentAt(w.Timeline, tail.Start, size)
+		if name.End(size) > floor {
+			if name != asked {
+				info, err := series.StatWAL(ctx, string(name))
+				if err != nil && !errors.Is(err, objectstore.ErrNotExist) {
+					return err
+				}
+				asked, whole = name, err == nil && info.Size == int64(size)
+			}
+			if !whole {
+				continue
+			}
+		}
+		doomed = append(doomed, tail)
+	}
+	for batch := range slices.Chunk(doomed, deleteBatch) {
+		if err := series.DeleteTails(ctx, batch...); errors.Is(err, objectstore.ErrAccess) {
+			// In a store that only takes objects the streamer cannot remove them either. They do no harm, and it is no
+			// reason to fail where the policy itself removes nothing.
+			r.Held = append(r.Held, fmt.Sprintf("%d tails on timeline %d that are not needed any more: %v", len(doomed), uint32(w.Timeline), err))
+			return nil
+		} else if err != nil {
+			return err
+		}
+		r.Tails += len(batch)
+		for _, tail := range batch {
+			r.TailBytes += tail.StoredSize
+		}
 	}
 	return nil
 }
