@@ -307,9 +307,9 @@ func (f *family) restoreWindow(v window) {
 		}
 	}
 	f.random.Shuffle(len(within), func(i, j int) { within[i], within[j] = within[j], within[i] })
-	moments := append([]moment{end}, within[:2]...)
+	moments := []moment{end, within[0]}
 	if f.a.cluster.Major == 15 && !testing.Short() {
-		moments = append(append(moments, edges...), within[2:4]...)
+		moments = append(append(moments, edges...), within[1])
 	}
 	for _, m := range moments {
 		target := append(m.target, "--timeline", strconv.Itoa(int(v.timeline)))
