@@ -74,7 +74,7 @@ func printWALCheck(w io.Writer, c *restore.WALCheck) {
 		fmt.Fprintln(w, "\nNothing can be restored: no image has all the WAL that makes it consistent.")
 		return
 	}
-	fmt.Fprintln(w, "\nevery moment can be restored")
+	fmt.Fprintln(w, "\nEvery moment can be restored:")
 	rows := make([][]string, 0, len(c.Windows))
 	for _, v := range c.Windows {
 		rows = append(rows, []string{
@@ -82,5 +82,5 @@ func printWALCheck(w io.Writer, c *restore.WALCheck) {
 			fmt.Sprintf("LSN %s to %s", v.StartLSN, v.EndLSN), fmt.Sprintf("timeline %d", v.Timeline),
 		})
 	}
-	printRows(w, "  ", rows)
+	printRows(w, "", rows)
 }

@@ -256,7 +256,7 @@ func (c *walCheck) get(ctx context.Context, o walObject, w io.Writer) (repositor
 // judge takes the next object: what it holds, or why it could not be read. An error is one that ends the check.
 func (c *walCheck) judge(ctx context.Context, p *pending, err error) error {
 	o := p.object
-	var records io.Writer = io.Discard
+	records := io.Discard
 	segment := o.file.Kind == postgres.SegmentFile
 	if segment {
 		if c.scanner == nil || c.next != o.file.Segment {

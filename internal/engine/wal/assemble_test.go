@@ -104,10 +104,10 @@ func (s *stream) end(before postgres.LSN) postgres.LSN {
 	return s.ends[i-1]
 }
 
-// segment is a whole one, or one completed with zeros.
-func (s *stream) segment(number uint64, until postgres.LSN) []byte {
+// fifth is segment 5, completed with zeros from a position on.
+func (s *stream) fifth(until postgres.LSN) []byte {
 	b := make([]byte, testSize)
-	from := testSize.Start(number)
+	from := testSize.Start(5)
 	copy(b, s.bytes(from, min(until, from+postgres.LSN(testSize))))
 	return b
 }
@@ -335,7 +335,7 @@ func TestFetch_tails(t *testing.T) {
 		"all of it, and later": {set: func(w *world) { w.putTail(1, s, start, end); w.put(segment(1, 6)) }, reach: end},
 		"not its beginning":    {set: func(w *world) { w.putTail(1, s, r(1000), r(3000)) }},
 		"a hole":               {set: func(w *world) { w.putTail(1, s, start, r(1000)); w.putTail(1, s, r(5000), r(9000)) }, reach: r(1000)},
-		"the whole one, too":   {set: func(w *world) { w.putTail(1, s, start, r(1000)); w.putFile(segment(1, 5), s.segment(5, end)) }, reach: end},
+		"the whole one, too":   {set: func(w *world) { w.putTail(1, s, start, r(1000)); w.putFile(segment(1, 5), s.fifth(end)) }, reach: end},
 		"before a later one":   {set: func(w *world) { w.putTail(1, s, start, r(1000)); w.put(segment(1, 6)) }, err: segment(1, 6) + " is there"},
 		"before later tails":   {set: func(w *world) { w.putTail(1, s, start, r(1000)); w.putTail(1, s, end, s.end(end+9000)) }, err: "ends at " + r(1000).String()},
 		"absent, later tails":  {set: func(w *world) { w.putTail(1, s, end, s.end(end+9000)) }, err: "wal from 0/600000 to"},
@@ -345,18 +345,18 @@ func TestFetch_tails(t *testing.T) {
 		"stops behind the gap": {set: func(w *world) { w.putTail(1, s, start, r(1000)); w.put(segment(1, 6)) }, option: func(o *FetcherOptions) { o.Stop = r(1000) + 1 }, err: segment(1, 6)},
 		"longer than partial": {set: func(w *world) {
 			w.putTail(1, s, start, r(9000))
-			w.putFile(segment(1, 5)+".partial", s.segment(5, r(5000)))
+			w.putFile(segment(1, 5)+".partial", s.fifth(r(5000)))
 		}, reach: r(9000)},
 		"shorter than partial": {set: func(w *world) {
 			w.putTail(1, s, start, r(5000))
-			w.putFile(segment(1, 5)+".partial", s.segment(5, r(9000)))
+			w.putFile(segment(1, 5)+".partial", s.fifth(r(9000)))
 		}, reach: r(9000)},
 		"other than partial": {set: func(w *world) {
 			w.putTail(1, s, start, r(5000))
-			w.putFile(segment(1, 5)+".partial", other.segment(5, r(9000)))
+			w.putFile(segment(1, 5)+".partial", other.fifth(r(9000)))
 		}, err: "different content"},
-		"partial up to a point": {set: func(w *world) { w.putFile(segment(1, 5)+".partial", s.segment(5, r(5000))) }, option: func(o *FetcherOptions) { o.Until = r(5000) }, reach: r(5000)},
-		"partial too short":     {set: func(w *world) { w.putFile(segment(1, 5)+".partial", s.segment(5, r(5000))) }, option: func(o *FetcherOptions) { o.Until = r(9000) }, err: "needed to reach"},
+		"partial up to a point": {set: func(w *world) { w.putFile(segment(1, 5)+".partial", s.fifth(r(5000))) }, option: func(o *FetcherOptions) { o.Until = r(5000) }, reach: r(5000)},
+		"partial too short":     {set: func(w *world) { w.putFile(segment(1, 5)+".partial", s.fifth(r(5000))) }, option: func(o *FetcherOptions) { o.Until = r(9000) }, err: "needed to reach"},
 		"up to a fork":          {set: func(w *world) { w.putTail(1, s, start, r(5000)); w.putHistory(2, history(r(5000))) }, reach: r(5000)},
 		"beyond a fork":         {set: func(w *world) { w.putTail(1, s, start, r(9000)); w.putHistory(2, history(r(5000))) }, reach: r(9000)},
 		"not up to a fork":      {set: func(w *world) { w.putTail(1, s, start, r(5000)); w.putHistory(2, history(r(9000))) }, err: "timeline 2, which branches off at"},
@@ -388,12 +388,12 @@ func TestFetch_tails(t *testing.T) {
 			w.putTail(1, s, start, r(5000))
 		}, option: func(o *FetcherOptions) { o.Stop = r(1000) }, reach: r(5000)},
 		"the whole one is damaged": {set: func(w *world) {
-			w.putFile(segment(1, 5), s.segment(5, end))
+			w.putFile(segment(1, 5), s.fifth(end))
 			w.flip("00000001/" + segment(1, 5))
 			w.putTail(1, s, start, end)
 		}, reach: end},
 		"the whole one is damaged, tails do not do": {set: func(w *world) {
-			w.putFile(segment(1, 5), s.segment(5, end))
+			w.putFile(segment(1, 5), s.fifth(end))
 			w.flip("00000001/" + segment(1, 5))
 			w.putTail(1, s, start, r(5000))
 		}, err: segment(1, 5)},
@@ -429,7 +429,7 @@ func TestFetch_tails(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				if got, want := b, s.segment(5, test.reach); !bytes.Equal(got[:test.reach-start], want[:test.reach-start]) && test.name == "" || len(got) != int(testSize) {
+				if got, want := b, s.fifth(test.reach); !bytes.Equal(got[:test.reach-start], want[:test.reach-start]) && test.name == "" || len(got) != int(testSize) {
 					t.Errorf("the file is not the WAL up to %s", test.reach)
 				}
 				if scan := postgres.ScanSegment(postgres.SegmentName(name), testSize, b); test.reach < end && scan.End != test.reach {
@@ -473,7 +473,7 @@ func TestFetch_tailsThatGrow(t *testing.T) {
 		}
 	}
 	// The segment takes its tails' place between one request and the next.
-	w.putFile(segment(1, 5), s.segment(5, s.at()))
+	w.putFile(segment(1, 5), s.fifth(s.at()))
 	for tail, err := range w.series.ListTails(t.Context(), 1, 0, ^postgres.LSN(0)) {
 		if err != nil {
 			t.Fatal(err)
@@ -497,9 +497,9 @@ type hangingSource struct {
 func (s *hangingSource) GetWAL(ctx context.Context, name string, w io.Writer) (repository.WALInfo, error) {
 	first := s.count(name) == 0
 	if name == s.name && first {
-		s.countingSource.mu.Lock()
+		s.mu.Lock()
 		s.calls[name]++
-		s.countingSource.mu.Unlock()
+		s.mu.Unlock()
 		select {
 		case <-time.After(s.delay):
 		case <-ctx.Done():
