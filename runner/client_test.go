@@ -157,7 +157,11 @@ func forEachClient(t *testing.T, run func(t *testing.T, name, binary string)) {
 // directory is a temporary one whose name is short enough for a socket in it, whatever the test is called.
 func directory(t testing.TB) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "pgark")
+	base := os.TempDir()
+	if len(base) > 40 {
+		base = "/tmp"
+	}
+	dir, err := os.MkdirTemp(base, "pgark") //nolint:usetesting // t.TempDir is long
 	if err != nil {
 		t.Fatal(err)
 	}
