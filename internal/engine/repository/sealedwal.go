@@ -23,7 +23,7 @@ type Effort int
 const (
 	// Thorough is for WAL that arrives as fast as it is written.
 	Thorough Effort = iota
-	// Hasty is for a backlog: a third of the CPU, up to twice the bytes.
+	// Hasty is for a backlog: about half of the CPU, up to twice the bytes.
 	Hasty
 )
 
@@ -229,16 +229,15 @@ func (s *Series) encodeWAL(ctx context.Context, key string, info WALInfo, sessio
 	headerSize := h.size()
 	output := walOutputs.get()
 	out := *output
-	release := func() error {
+	release := func() {
 		if cap(out) <= maxPooledOutput {
 			*output = out[:0]
 			walOutputs.put(output)
 		}
-		return nil
 	}
 	defer func() {
 		if err != nil {
-			_ = release() // never fails
+			release()
 		}
 	}()
 	// WAL compresses 4:1 or better, and compressing a frame wants room for all of it; append grows this where it is more.
@@ -277,7 +276,9 @@ func (s *Series) encodeWAL(ctx context.Context, key string, info WALInfo, sessio
 		c.seal(uint32(i), out[start:end])
 	}
 	info.StoredSize = int64(len(out))
-	return &SealedWAL{Info: info, Key: key, Body: bytes.NewReader(out), Size: int64(len(out)), release: release}, nil
+	w := &SealedWAL{Info: info, Key: key, Body: bytes.NewReader(out), Size: int64(len(out))}
+	w.release = func() error { release(); return nil }
+	return w, nil
 }
 
 // encodeWALFile does the same for a file too large for memory: a first pass finds the digest.
