@@ -17,9 +17,10 @@ func newRunCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "run --job JOB --instance INSTANCE",
 		Short: "Protect an instance: ship its WAL and take its images",
-		Long: `run protects one PostgreSQL instance until it is told to stop (SIGTERM): it ships WAL, takes images when the job's
-schedule says, applies retention, and answers archive_command. Terraform sets it up to run as a service, as the
-instance's owner. SIGHUP makes it read the job file again.
+		Long: `run protects one PostgreSQL instance until it is told to stop (SIGTERM): it stores WAL as PostgreSQL writes it, or makes
+PostgreSQL finish its segment every interval, keeps WAL in the temporary folder while the repository is away, takes images
+when the job's schedule says or WAL was lost, applies retention, and answers archive_command. Terraform sets it up to run
+as a service, as the instance's owner. SIGHUP makes it read the job file again.
 
 With --supervise it starts itself as a child, again whenever that ends, and writes a pid file and a log file: for machines
 without systemd.`,

@@ -1,14 +1,15 @@
 // Package daemon is the runner's body: it protects one PostgreSQL instance, all day, by itself.
 //
-// It opens the repository and makes sure that the job's name there belongs to this machine, ships WAL (package wal),
-// takes images when the schedule says (package image), applies retention after each, and answers on a socket (package
-// control). Nothing it meets ends it, short of being told to stop: a repository that is away, a job name that belongs to
+// It opens the repository and makes sure that the job's name there belongs to this machine, ships WAL (package wal) and
+// streams what has not filled a segment yet (package stream) or, in interval mode, makes PostgreSQL finish the segment,
+// takes images when the schedule says, and when WAL was lost (package image), applies retention after each, and answers
+// on a socket (package control). Nothing it meets ends it, short of being told to stop: a repository that is away, a job name that belongs to
 // another machine, a cluster that is stopped, or initialised anew under the same job (which begins a new series) are
 // states that it reports and gets out of by itself. In every state it answers PostgreSQL's archive_command, with the
 // reason where it cannot store: PostgreSQL then keeps its WAL.
 //
-// It composes what other packages do and holds no formats of its own, but for the small file that remembers which
-// scheduled image was last considered.
+// It composes what other packages do and holds no formats of its own, but for two small files in the state directory: one
+// remembers which scheduled image was last considered, the other in which temporary folders WAL may wait.
 package daemon
 
 import (
@@ -53,7 +54,8 @@ const (
 
 	// memoryLimit is where the garbage collector becomes keen, in bytes. What is in use in a backlog, or while the store is
 	// away from a busy server, is below it (wal: memoryBudget, stream: bufferBytes); with the program itself, and what
-	// libzstd has, the process stays below 256 MiB. It bounds nothing: what is needed is had.
+	// libzstd has, the process stays below 256 MiB. It bounds nothing: what is needed is had. An image needs more, for packs
+	// in flight, and for that time there is no limit: the collector would do nothing else.
 	memoryLimit = 192 << 20
 
 	reopenFirst = time.Second
@@ -116,9 +118,7 @@ func Run(ctx context.Context, o Options) error {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	if os.Getenv("GOMEMLIMIT") == "" {
-		debug.SetMemoryLimit(memoryLimit)
-	}
+	limitMemory(memoryLimit)
 	if os.Getenv("GOGC") == "" {
 		// Much of what lives is buffers of WAL, which the collector has nothing to do for: collecting twice as often costs a
 		// few percent of CPU while shipping, and saves a quarter of the memory of a process that runs beside a database.
@@ -411,12 +411,21 @@ func (d *daemon) status(ctx context.Context) *control.Status {
 	}
 	d.mu.Unlock()
 	s.ResidentBytes = residentBytes()
+	s.WAL.Mode = c.job.WAL.Mode
+	s.WAL.Gaps, s.WAL.GapCount = d.knownGaps()
 	if p != nil {
 		s.SystemIdentifier = p.series.ID().SystemID.String()
 		s.WAL = p.walStatus(ctx)
 		s.Image = p.images.status()
 	}
 	return s
+}
+
+// limitMemory sets the limit, in bytes, where nobody else has.
+func limitMemory(limit int64) {
+	if os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(limit)
+	}
 }
 
 // residentBytes is the memory of this process (proc(5), statm); 0 where that is not known.

@@ -218,6 +218,50 @@ func TestRunner_streaming(t *testing.T) {
 	c.Stop("immediate")
 }
 
+// WAL in the temporary folder reaches the series that it belongs to, even when the cluster is another one by then.
+func TestRunner_spoolOfAnEarlierCluster(t *testing.T) {
+	t.Parallel()
+	s3 := s3test.Start(t)
+	direct := s3.Location("wal")
+	c := pgtest.Start(t, pgtest.Options{NoStart: true, WALSegmentSizeMB: 1})
+	g := newGuest(t, c, direct, direct)
+	c.Configure(g.archiving())
+	c.Start()
+	g.run()
+	g.mustReach(control.Running)
+	archived(t, c)
+	s3.Stop()
+	last := archived(t, c)
+	eventually(t, "it is in the temporary folder", func() bool { s := g.status().WAL.Spool; return s != nil && s.Files > 0 })
+	folder := g.status().WAL.Spool.Directory
+	c.Stop("immediate")
+
+	anew := pgtest.Start(t, pgtest.Options{NoStart: true})
+	if err := os.Rename(c.DataDir, c.DataDir+".old"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(anew.DataDir, c.DataDir); err != nil {
+		t.Fatal(err)
+	}
+	next := pgtest.Start(t, pgtest.Options{DataDir: c.DataDir, Settings: g.archiving()})
+	g.mustReach(control.Waiting)
+	s3.Start()
+	g.mustReach(control.Running)
+	name := archived(t, next)
+	id := g.series().ID()
+	id.SystemID = next.SystemID
+	if _, err := g.repo.Series(id).StatWAL(t.Context(), name); err != nil {
+		t.Error(err)
+	}
+	eventually(t, last+" of the earlier cluster is stored, and its folder gone", func() bool {
+		_, stored := g.series().StatWAL(t.Context(), last)
+		_, there := os.Stat(folder)
+		return stored == nil && there != nil
+	})
+	g.stop()
+	next.Stop("immediate")
+}
+
 // mustHaveAll checks that the segments of timeline 1 follow one another up to the one that PostgreSQL writes.
 func (g *guest) mustHaveAll(c *pgtest.Cluster) {
 	g.t.Helper()

@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"math"
 	"time"
 
 	"github.com/pgark/terraform-provider-pgark/internal/engine/daemon/control"
@@ -15,6 +16,8 @@ import (
 func (p *protection) takeImage(ctx context.Context, kind control.Kind, progress func(line string)) (*repository.ImageInfo, error) {
 	c := p.d.current()
 	begun := false
+	limitMemory(math.MaxInt64)
+	defer limitMemory(memoryLimit)
 	info, err := image.Take(ctx, image.Options{
 		Series: p.series, Instance: c.instance, Plan: c.job.Image, Host: p.d.host, MachineID: p.machine,
 		ForceFull:      kind == control.FullKind,

@@ -22,7 +22,7 @@ func (p *protection) walStatus(ctx context.Context) control.WALStatus {
 	s := p.shipper.Status()
 	s.Mode = p.wal.Mode
 	s.ObjectiveSeconds = p.objective().Seconds()
-	s.Gaps, s.GapCount = p.d.knownGaps()
+	s.Gaps, s.GapCount = p.d.knownGaps() // which tell of images, and outlive the shipper
 	if p.streaming == nil || !p.describeStream(&s) {
 		p.describeArchive(ctx, &s)
 	}
