@@ -176,6 +176,9 @@ func printPlan(w io.Writer, p *retention.Plan) {
 		if l.DeletedFiles > 0 {
 			what = fmt.Sprintf("%d go (%s to %s, %s)", l.DeletedFiles, l.FirstDeleted, l.LastDeleted, humanBytes(l.DeletedBytes))
 		}
+		if l.DeletedTails > 0 {
+			what += fmt.Sprintf("; %d of %d tails go (%s)", l.DeletedTails, l.Tails, humanBytes(l.DeletedTailBytes))
+		}
 		fmt.Fprintf(w, "  WAL of timeline %d: %d files, %s: %s\n", uint32(l.Timeline), l.Files, what, l.Reason)
 	}
 	if !p.Changes() {

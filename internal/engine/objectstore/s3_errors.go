@@ -150,9 +150,7 @@ func (s *s3Store) serverError(op, key string, status int, code, message, request
 	}
 	switch {
 	case slices.Contains(expiredCodes, code):
-		is(ErrAccess, "renew the session token")
-		e.Err = &kindError{ErrExpired, e.Err}
-		return e
+		return is(&kindError{ErrExpired, ErrAccess}, "renew the session token")
 	case slices.Contains(fullCodes, code), status == http.StatusInsufficientStorage:
 		e.Err, e.Hint, e.transient = &kindError{ErrFull, e.Err}, "make room in the bucket "+s.bucket+", raise its quota, or keep less", true
 		return e

@@ -139,23 +139,24 @@ func ScanSegment(name SegmentName, size SegmentSize, b []byte) SegmentScan {
 
 // Write takes the segment's next bytes.
 func (s *SegmentScanner) Write(b []byte) (int, error) {
-	n := len(b)
-	if s.walk.problem != nil || s.walk.switched {
-		return n, nil
+	if s.goesOn() {
+		fit := b[:min(uint64(len(b)), uint64(s.size)-s.got)]
+		s.got += uint64(len(fit))
+		s.walk.take(fit)
+		if len(fit) < len(b) && s.goesOn() {
+			s.walk.problem = fmt.Errorf("WAL segment %s: found more than %d bytes", s.name, uint64(s.size))
+		}
 	}
-	fit := b[:min(uint64(n), uint64(s.size)-s.got)]
-	s.got += uint64(len(fit))
-	s.walk.take(fit)
-	if len(fit) < n && s.walk.problem == nil && !s.walk.switched {
-		s.walk.problem = fmt.Errorf("WAL segment %s: found more than %d bytes", s.name, uint64(s.size))
-	}
-	return n, nil
+	return len(b), nil
 }
+
+// goesOn tells whether more of the segment means anything.
+func (s *SegmentScanner) goesOn() bool { return s.walk.problem == nil && !s.walk.switched }
 
 // Result ends the walk.
 func (s *SegmentScanner) Result() SegmentScan {
 	w := &s.walk
-	if w.problem == nil && !w.switched && s.got != uint64(s.size) {
+	if s.goesOn() && s.got != uint64(s.size) {
 		w.problem = fmt.Errorf("WAL segment %s: the segment ends after %d bytes, expected %d", s.name, s.got, uint64(s.size))
 	}
 	scan := SegmentScan{

@@ -118,10 +118,10 @@ func (s *stored) tailsLeft(t postgres.Timeline) []repository.Tail {
 	return all
 }
 
-// whole stores a segment that is as long as one.
-func (s *stored) whole(t postgres.Timeline, n uint64, at time.Time) {
+// whole stores a segment of timeline 1 that is as long as one.
+func (s *stored) whole(n uint64, at time.Time) {
 	s.t.Helper()
-	s.wal(string(postgres.MakeSegmentName(t, n, segment)), strings.Repeat("w", segment), at)
+	s.wal(string(postgres.MakeSegmentName(1, n, segment)), strings.Repeat("w", segment), at)
 }
 
 func (s *stored) names(t postgres.Timeline) []string {
@@ -391,7 +391,7 @@ func TestRead_histories(t *testing.T) {
 
 func TestRun_tails(t *testing.T) {
 	s, _ := fourImages(t) // segments 1 to 45
-	s.whole(1, 46, daysAgo(0))
+	s.whole(46, daysAgo(0))
 	s.tail(1, 5, 5.5, daysAgo(8))   // below the floor
 	s.tail(1, 46, 46.5, daysAgo(0)) // its segment is whole
 	s.tail(1, 46.5, 47, daysAgo(0))
@@ -422,8 +422,8 @@ func TestRun_tails(t *testing.T) {
 // A store that takes objects and lets none go leaves tails: that is no reason to fail.
 func TestRun_tailsInAnAppendOnlyStore(t *testing.T) {
 	s := newStored(t)
-	s.whole(1, 2, daysAgo(1))
-	s.whole(1, 3, daysAgo(1))
+	s.whole(2, daysAgo(1))
+	s.whole(3, daysAgo(1))
 	s.image(0, 1, daysAgo(1), 2)
 	s.tail(1, 2, 2.5, daysAgo(1))
 	s.tail(1, 2.5, 3, daysAgo(1))
@@ -466,8 +466,8 @@ func TestRead_tailsAreSignsOfLife(t *testing.T) {
 
 func TestEmpty_tails(t *testing.T) {
 	s := newStored(t)
-	s.whole(1, 2, daysAgo(1))
-	s.whole(1, 3, daysAgo(1))
+	s.whole(2, daysAgo(1))
+	s.whole(3, daysAgo(1))
 	s.image(0, 1, daysAgo(1), 2)
 	s.tail(1, 46, 46.5, daysAgo(0))
 	s.tail(2, 46, 46.75, daysAgo(0))
