@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pgark/terraform-provider-pgark/internal/engine/daemon/control"
 	"github.com/pgark/terraform-provider-pgark/test/pgtest"
 	"github.com/pgark/terraform-provider-pgark/test/s3test"
 )
@@ -107,14 +108,15 @@ func TestRepositoryAway(t *testing.T) {
 	time.Sleep(2 * time.Second)
 	w.s3.Stop()
 	time.Sleep(time.Duration(scaled(60)) * time.Second)
-	if n := len(w.archived()); n > 12 {
-		t.Errorf("%d segments are acknowledged while the repository is away", n)
+	if st, err := w.status(); err != nil || st.WAL.State != control.WALSpooling || st.WAL.Store != control.StoreAway || st.WAL.Spool.Files == 0 {
+		t.Errorf("while the repository is away, the runner should keep wal in its temporary folder: %+v, %v", st, err)
 	}
 	w.s3.Start()
 	time.Sleep(2 * time.Second)
 	commits := stop()
 	mustNotStall(t, commits)
 	w.flush()
+	w.caughtUp()
 	w.mustHoldArchived()
 	w.takeImage()
 	l := w.list()
@@ -123,6 +125,15 @@ func TestRepositoryAway(t *testing.T) {
 	}
 	r := w.restore("--latest")
 	mustHold(w, r.conn(), "restored to the latest", commits[len(commits)-1].n)
+}
+
+// caughtUp waits until what PostgreSQL was told is safe is in the repository, not only in the temporary folder.
+func (w *world) caughtUp() {
+	w.t.Helper()
+	w.eventually("what waited has reached the repository", 2*time.Minute, func() bool {
+		st, err := w.status()
+		return err == nil && st.WAL.Spool.Files == 0 && st.WAL.Pending == 0
+	})
 }
 
 // TestUnreliableRepository injects errors and cut connections.
@@ -139,6 +150,7 @@ func TestUnreliableRepository(t *testing.T) {
 	commits := stop()
 	mustNotStall(t, commits)
 	w.flush()
+	w.caughtUp()
 	w.proxy.Set(s3test.Faults{})
 	total, injected := w.proxy.Counts()
 	t.Logf("faults in %d requests: %v", total, injected)

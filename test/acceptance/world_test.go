@@ -94,6 +94,7 @@ type world struct {
 	name     string
 	guest    guest.Guest
 	proxy    *s3test.FaultProxy
+	change   func(*job.Job)
 }
 
 type worldOptions struct {
@@ -102,6 +103,8 @@ type worldOptions struct {
 	name string
 	// faults, when set, puts the fault proxy between runner and S3 server. It starts harmless.
 	faults bool
+	// change, when set, makes the job another than the default.
+	change func(*job.Job)
 }
 
 // newWorld makes PostgreSQL, S3 and a repository, and deploys the job.
@@ -109,7 +112,7 @@ func newWorld(t *testing.T, o worldOptions) *world {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Minute)
 	t.Cleanup(cancel)
-	w := &world{t: t, ctx: ctx, s3: s3test.Start(t), layout: job.Layout{Root: pgtest.Dir(t)}}
+	w := &world{t: t, ctx: ctx, s3: s3test.Start(t), layout: job.Layout{Root: pgtest.Dir(t)}, change: o.change}
 	w.location = w.s3.Location("acceptance/repository")
 	if o.faults {
 		w.proxy = s3test.NewFaultProxy(t, w.s3.Endpoint(), s3test.Faults{})
@@ -168,6 +171,9 @@ func (w *world) job() *job.Job {
 		Format: job.Format, Name: jobName, Host: "localhost", Enabled: true,
 		Repository: job.Repository{URL: w.location.URL, Region: w.location.Region, Endpoint: w.location.Endpoint, UsePathStyle: w.location.UsePathStyle},
 		Instances:  job.Selection{Include: []string{pattern}},
+	}
+	if w.change != nil {
+		w.change(j)
 	}
 	j.ApplyDefaults()
 	return j

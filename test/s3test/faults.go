@@ -36,15 +36,17 @@ const (
 	CutBody   Fault = "cut body"   // the connection breaks in the middle of the answer's body
 	Delay     Fault = "delay"      // the request is forwarded after a random part of Faults.MaxDelay
 	Stall     Fault = "stall"      // no answer, ever
+	Slow      Fault = "slow"       // the request's body is forwarded at 256 KiB/s
 )
 
-// allFaults are those that Faults.Rate draws from by default. A stall is not among them: each costs a time-out.
+// allFaults are those that Faults.Rate draws from by default. A stall is not among them, nor a slow body: each costs as
+// much as a time-out.
 var allFaults = []Fault{Answer503, Answer500, Answer409, Answer412, CutBefore, CutReply, CutBody, Delay}
 
 // Faults says what a FaultProxy does. The zero value forwards everything.
 type Faults struct {
 	Rate     float64       // share of requests that get a fault, 0 to 1
-	Kinds    []Fault       // drawn from evenly; default: all but Stall
+	Kinds    []Fault       // drawn from evenly; default: all but Stall and Slow
 	MaxDelay time.Duration // of Delay; default 200 ms
 
 	// Match restricts the faults to the requests that it returns true for.
@@ -176,6 +178,8 @@ func (p *FaultProxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		panic(http.ErrAbortHandler)
 	case Delay:
 		time.Sleep(delay)
+	case Slow:
+		r.Body = &slowBody{r.Body}
 	default:
 		if a, ok := answers[fault]; ok {
 			_, _ = io.Copy(io.Discard, r.Body) // a client that goes away needs no answer
@@ -218,6 +222,14 @@ func (p *FaultProxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if _, err := io.Copy(w, resp.Body); err != nil {
 		panic(http.ErrAbortHandler)
 	}
+}
+
+// slowBody hands out a body bit by bit.
+type slowBody struct{ io.ReadCloser }
+
+func (b *slowBody) Read(p []byte) (int, error) {
+	time.Sleep(100 * time.Millisecond)
+	return b.ReadCloser.Read(p[:min(len(p), 256<<10/10)])
 }
 
 // sign replaces the request's signature.

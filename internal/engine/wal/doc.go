@@ -7,8 +7,8 @@
 // small client, asks it over the runner's socket). It does not wait to be asked: it looks into pg_wal/archive_status,
 // where PostgreSQL marks what it has finished, and ships several files at once, so that most requests are answered from
 // memory. The order in which files are acknowledged is PostgreSQL's own. Package stream, which receives WAL as it is
-// written, tells it of each segment whose end has passed by: that one lies whole in pg_wal before PostgreSQL marks it, and
-// on a standby it may never do so.
+// written, tells it of each segment whose end has passed by: that one lies whole in pg_wal before PostgreSQL marks it,
+// which on a standby it may never do.
 //
 // A file is read once, into memory. Its length, the segment's header (system identifier, timeline and position against
 // its name) and its pages' addresses are checked; times of its first and last commit and its digest are taken; it is
@@ -46,8 +46,8 @@
 //   - not known: the repository cannot be reached. An error, too.
 //
 // A segment that was never stored whole is put together from what was streamed of it (repository.Tail). The unfinished
-// last segment of a timeline (.partial, archived when another timeline took over) stands in for the whole
-// one where that is absent and nothing on its timeline follows.
+// last segment of a timeline (.partial, archived when another timeline took over) stands in for the whole one where that
+// is absent and nothing on its timeline follows.
 //
 // The package neither decides what WAL is still needed nor removes any.
 package wal
