@@ -2,7 +2,9 @@ package acceptance
 
 import (
 	"context"
+	"fmt"
 	"os"
+	"strings"
 	"testing"
 	"time"
 
@@ -78,6 +80,21 @@ func TestIdle(t *testing.T) {
 	}
 	if heard := after.WAL.Stream.LastAt; heard == nil || time.Since(*heard) > time.Minute {
 		t.Errorf("PostgreSQL was heard at %v, expected a sign of life within a minute", heard)
+	}
+
+	shown, err := w.pgark("metrics", "--job", jobName)
+	w.must(err)
+	for _, line := range []string{
+		fmt.Sprintf(`pgark_up{instance=%q,job=%q} 1`, w.instance, jobName),
+		fmt.Sprintf(`pgark_wal_state{instance=%q,job=%q,state="streaming"} 1`, w.instance, jobName),
+		fmt.Sprintf(`pgark_wal_lag_seconds{instance=%q,job=%q} 0`, w.instance, jobName),
+	} {
+		if !strings.Contains(string(shown), line+"\n") {
+			t.Errorf("metrics lack %s:\n%s", line, shown)
+		}
+	}
+	if shown, err = w.pgark("status", "--job", jobName); err != nil || !strings.Contains(string(shown), "streaming for") {
+		t.Errorf("status says %v:\n%s", err, shown)
 	}
 
 	w.cluster.Exec("INSERT INTO t VALUES (1)")

@@ -263,3 +263,39 @@ func TestCollect(t *testing.T) {
 		}
 	}
 }
+
+// What was streamed behind the last whole segment counts.
+func TestCollect_tails(t *testing.T) {
+	ctx := t.Context()
+	store, err := objectstore.Open(ctx, objectstore.Location{URL: "file://" + t.TempDir()}, objectstore.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	repo, _, err := repository.Create(ctx, store, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const size = 1 << 20
+	series := repo.Series(ordersID)
+	stored := time.Now().UTC().Truncate(time.Microsecond)
+	commit := stored.Add(-time.Second)
+	segment := repository.WALInfo{Name: "000000010000000000000002", Size: size, StoredAt: stored.Add(-time.Hour)}
+	if _, _, err := series.PutWAL(ctx, segment, strings.NewReader(strings.Repeat("x", size))); err != nil {
+		t.Fatal(err)
+	}
+	for _, end := range []postgres.LSN{100, 300, 200} {
+		tail := repository.Tail{Timeline: 1, Start: 3 * size, End: 3*size + end}
+		info := repository.WALInfo{StoredAt: stored.Add(time.Duration(end-300) * time.Millisecond), LastTime: &commit}
+		if _, err := series.PutTail(ctx, tail, info, make([]byte, end)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s, err := Collect(ctx, repo, []repository.SeriesID{ordersID}, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := s.Series[0].WAL
+	if w.LastSegment != segment.Name || !w.LastStoredAt.Equal(stored) || w.LastCommitAt == nil || !w.LastCommitAt.Equal(commit) || w.Segments != 1 {
+		t.Errorf("got %+v, expected the newest tail's times", w)
+	}
+}
