@@ -14,8 +14,17 @@
 // stretch to the stretch's end can be restored: a window. What lies behind a hole can be restored only from an image
 // taken behind it.
 //
-// The end of a window as a position is the end of its last segment, which may hold less. As a time it is that of the
-// last commit known, which stands in the headers of the WAL objects.
+// A segment that is not there whole is there as far as what was streamed of it goes (repository.Tail), or what its
+// timeline was left with (.partial). So the end of a window as a position is the end of its last record, or of a last
+// segment that is there whole, which may hold less. As a time it is that of the last commit known, which stands in the
+// headers of the WAL objects.
+//
+// A timeline whose history is missing descends from nothing, for PostgreSQL as for us: only its own images can be
+// restored along it. One whose history is encrypted, while whoever lists has no identity, is taken to continue the one
+// before it.
+//
+// An object that is found to be damaged counts as absent. Catalog reads headers only, and few of them; CheckWAL reads
+// everything.
 //
 // # What a restore leaves when it is interrupted
 //
@@ -28,5 +37,5 @@
 // write into the series that it came from. What recovery settings were appended to postgresql.auto.conf stand between
 // two comment lines and are taken out again once a started server has reached its target and left recovery.
 //
-// The package neither verifies a whole image nor removes anything from a repository.
+// The package neither verifies images nor removes anything from a repository.
 package restore

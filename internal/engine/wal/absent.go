@@ -39,7 +39,8 @@ func (f *Fetcher) absent(ctx context.Context, source Source, segment postgres.Se
 			return s.file, s.file != "", nil
 		}
 		// What is uploaded at this moment may arrive out of order: segments, and the deletion of the tails that they replace.
-		if !time.Now().Before(deadline) {
+		// What is damaged does not heal.
+		if e := (*TailError)(nil); !time.Now().Before(deadline) || errors.As(s.problem, &e) && !errors.Is(e, objectstore.ErrNotExist) {
 			return "", false, s.problem
 		}
 		if !errors.Is(s.problem, errAppeared) || wait > 50*time.Millisecond {

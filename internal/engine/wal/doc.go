@@ -37,17 +37,26 @@
 // # And back
 //
 // A Fetcher answers restore_command (Fetch is its client). It fetches the segments that follow ahead of time into a ring
-// of files, from where the client moves them into place. What the archive does not hold is one of three things:
+// of files, from where the client moves them into place. How many lie ready, and how many are fetched at one time,
+// follows what a download takes and what replay takes; a file that is waited for far longer than usual is asked for a
+// second time.
 //
-//   - the end of the archive: neither the segment nor anything that needs it is there. PostgreSQL ends recovery, or
-//     waits for more.
-//   - a gap: a later segment of the timeline is there, or a timeline that branches off behind the segment, or the
-//     segment lies before a position that must be reached. A *GapError, never an end.
+// A segment that was never stored whole is put together from what was streamed of it (repository.Tail): a chain of tails
+// from its beginning on, every record verified, completed with zeros. The unfinished last segment of a timeline (.partial,
+// archived when another timeline took over) stands in for it, too; where both are there they must agree, and the longer
+// one is taken. A chain that comes to the segment's end is as good as the whole segment.
+//
+// What the archive does not hold, of the segment as a whole or behind what there is of it, is one of four things:
+//
+//   - the end of the archive: nothing that needs it is there. PostgreSQL ends recovery, or waits for more.
+//   - a gap: later WAL of the timeline is there, or a timeline that branches off behind the end and has no copy of what is
+//     missing, or there is a position behind it that must be reached. A *GapError, never an end.
+//   - damage: the name of a tail tells that there was more, but it cannot be read, nor do others hold what it held. A
+//     *TailError, never an end.
 //   - not known: the repository cannot be reached. An error, too.
 //
-// A segment that was never stored whole is put together from what was streamed of it (repository.Tail). The unfinished
-// last segment of a timeline (.partial, archived when another timeline took over) stands in for the whole one where that
-// is absent and nothing on its timeline follows.
+// Where recovery has a target (FetcherOptions.Stop), what lies behind it is of no concern: PostgreSQL itself takes it for
+// an error if it does not find its target.
 //
 // The package neither decides what WAL is still needed nor removes any.
 package wal
