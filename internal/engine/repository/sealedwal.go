@@ -32,7 +32,7 @@ const (
 type SealedWAL struct {
 	Info WALInfo
 	Key  string        // of the object
-	Body io.ReadSeeker // the whole object, for one reader at a time
+	Body io.ReadSeeker // the whole object, for one reader at a time; who reads it again seeks to its start
 	Size int64         // of Body
 
 	release func() error
@@ -194,6 +194,9 @@ func (s *Series) checkSealed(key, name string, body io.ReadSeeker) (WALInfo, int
 	} else if end != size {
 		return WALInfo{}, 0, fmt.Errorf("it goes on after its last frame: found %d bytes, expected %d", end, size)
 	}
+	if _, err := body.Seek(0, io.SeekStart); err != nil {
+		return WALInfo{}, 0, err
+	}
 	info.StoredSize = size
 	return info, size, nil
 }
@@ -340,6 +343,9 @@ func (s *Series) encodeWALFile(ctx context.Context, key string, info WALInfo, se
 	}
 	if again := hex.EncodeToString(digest.Sum(nil)); again != found {
 		return nil, fmt.Errorf("found content with BLAKE3 %s, expected %s: it changed while it was read", again, found)
+	}
+	if _, err := f.Seek(0, io.SeekStart); err != nil {
+		return nil, err
 	}
 	info.StoredSize = size
 	return &SealedWAL{Info: info, Key: key, Body: f, Size: size, release: f.Close}, nil
