@@ -211,7 +211,7 @@ func TestGuide(t *testing.T) {
 		l := w.list(g, ordersJob)
 		return len(l.Series) == 1 && len(l.Series[0].Images) > 0 && len(l.Series[0].Windows) > 0
 	})
-	guide, err := os.ReadFile(filepath.Join("..", "..", "templates", "guides", "protect-a-server.md"))
+	guide, err := os.ReadFile(filepath.Join("..", "..", "templates", "guides", "protect-a-server.md.tmpl"))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -79,6 +79,7 @@ func situations(w *world) []*situation {
 				{check: "archive_library", instance: "15-main", says: `"basic_archive"`},
 				{check: "wal_level", instance: "15-main", says: "minimal"},
 				{check: "full_page_writes", instance: "15-main", says: "off"},
+				{check: "max_wal_senders", instance: "15-main", says: "0"},
 			},
 		},
 		{
@@ -93,11 +94,12 @@ func situations(w *world) []*situation {
 		{
 			name: "replica", instance: "15-replica",
 			broken: sql(5503, "alter system set archive_mode = on") + `systemctl restart postgresql@15-replica
-mountpoint -q /srv/full || { install -d -m 700 -o postgres /srv/full; mount -t tmpfs -o size=64m,mode=700,uid=postgres tmpfs /srv/full; }
+mountpoint -q /srv/full || { install -d -m 700 -o postgres /srv/full; mount -t tmpfs -o mode=700,uid=postgres tmpfs /srv/full; }
+mount -o remount,size=64m /srv/full
 head -c 50M /dev/zero >/srv/full/ballast`,
 			job: `wal = { temp_folder = "/srv/full" }`, data: `temp_folder = "/srv/full"`,
 			found: []finding{
-				{check: "temporary_folder", says: "/srv/full with 14 MiB free", inWords: true, obeyed: "rm /srv/full/ballast"},
+				{check: "temporary_folder", says: "/srv/full with 14 MiB free", inWords: true, obeyed: "rm /srv/full/ballast; mount -o remount,size=2g /srv/full"},
 				{check: "role", instance: "15-replica", says: "archives nothing"},
 			},
 		},
@@ -364,7 +366,7 @@ func TestPrerequisites(t *testing.T) {
 	g.Put("/root/role.sql", []byte(example(t, "least-privilege/role.sql")), 0o644)
 	g.Run("su postgres -c 'psql -q -v ON_ERROR_STOP=1 -p 5505' </root/role.sql")
 	for file, line := range map[string]string{"pg_hba.conf": example(t, "least-privilege/pg_hba.conf"), "pg_ident.conf": example(t, "least-privilege/pg_ident.conf")} {
-		g.Run(fmt.Sprintf("cd /etc/postgresql/15/least; sed -i '1i %s' %s", strings.TrimSpace(line), file))
+		g.Run(fmt.Sprintf("cd /etc/postgresql/15/least; sed -i '1i %s' %s", strings.ReplaceAll(strings.TrimSpace(line), "\n", `\n`), file))
 	}
 	g.Run("systemctl reload postgresql@15-least")
 

@@ -1,5 +1,5 @@
 -- For PostgreSQL 15 and later, as a superuser, in the database postgres.
-CREATE ROLE pgark LOGIN;
+CREATE ROLE pgark LOGIN REPLICATION;
 GRANT pg_read_all_settings TO pgark;
 GRANT EXECUTE ON FUNCTION pg_catalog.pg_backup_start(text,boolean) TO pgark;
 GRANT EXECUTE ON FUNCTION pg_catalog.pg_backup_stop(boolean) TO pgark;
