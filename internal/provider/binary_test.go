@@ -87,7 +87,7 @@ func (d *directory) run(args ...string) {
 func TestAccExamples(t *testing.T) {
 	d := newDirectory(t)
 	var files []string
-	for _, pattern := range []string{"provider/*.tf", "resources/*/*.tf", "data-sources/*/*.tf"} {
+	for _, pattern := range []string{"provider/*.tf", "resources/*/*.tf", "data-sources/*/*.tf", "guides/wal/*.tf"} {
 		found, err := filepath.Glob(filepath.Join("../../examples", pattern))
 		if err != nil || len(found) == 0 {
 			t.Fatalf("examples/%s: found %v, %v", pattern, found, err)

@@ -155,7 +155,8 @@ func (r *backupJobResource) planRepairs(ctx context.Context, m *backupJobModel, 
 		found.add(texts...)
 		m.GuestSettingsActual = types.MapUnknown(settingsOfInstanceType)
 	}
-	if !m.GuestSettings.Equal(state.GuestSettings) {
+	will, was := m.toJob(ctx, diags), state.toJob(ctx, diags)
+	if !m.GuestSettings.Equal(state.GuestSettings) || will.WantsSynchronous() != was.WantsSynchronous() || will.WantsSlot() != was.WantsSlot() {
 		m.GuestSettingsActual = types.MapUnknown(settingsOfInstanceType)
 	}
 

@@ -211,7 +211,7 @@ func walAttribute() schema.SingleNestedAttribute {
 				validators.String("`continuous` or `interval`", validators.Job(func(j *job.Job, v string) { j.WAL.Mode = v }))),
 			"interval": interval,
 			"max_lag": durationWithDefault(shortDuration(job.DefaultWALMaxLag), "In mode `continuous`: how long a commit may take to become durable in the repository, which is the most that is lost with the machine. A Go duration from `100ms` to `1h`. "+
-				"It costs requests: on a server that always writes at most two for each `max_lag`, 7,200 an hour with `1s`; on one that is idle none.",
+				"It costs requests: on a server that commits all the time two for each `max_lag`, 7,200 an hour with `1s` (more only where the store is slow); on one that is idle none.",
 				func(j *job.Job, v job.Duration) { j.WAL.MaxLag = v }),
 			"max_requests_per_hour": schema.Int64Attribute{
 				Optional: true,

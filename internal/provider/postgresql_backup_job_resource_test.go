@@ -271,18 +271,99 @@ func TestAccBackupJob_prerequisites(t *testing.T) {
 			Config: w.providerConfig("") + w.repositoryConfig() + w.jobConfig(`image = { schedule = "0 25 * * *" }`), PlanOnly: true,
 			ExpectError: inOrder("hour 25 is not in 0–23"),
 		},
+		resource.TestStep{
+			Config: w.providerConfig("") + w.repositoryConfig() + w.jobConfig(`wal = { mode = "interval", interval = "30s" }`), PlanOnly: true,
+			ExpectError: inOrder("interval 30s: not in 1m–8h"),
+		},
+		resource.TestStep{
+			Config: w.providerConfig("") + w.repositoryConfig() + w.jobConfig(`wal = { max_lag = "50ms" }`), PlanOnly: true,
+			ExpectError: inOrder("max_lag 50ms: not in 100ms–1h0m0s"),
+		},
+		resource.TestStep{
+			Config: w.providerConfig("") + w.repositoryConfig() + w.jobConfig(`wal = { mode = "interval", synchronous = true, slot = true }`), PlanOnly: true,
+			ExpectError: inOrder("nothing is streamed that a commit could wait for"),
+		},
+		resource.TestStep{
+			Config: w.providerConfig("") + w.repositoryConfig() + w.jobConfig(`wal = { synchronous = true, max_requests_per_hour = 100 }`), PlanOnly: true,
+			ExpectError: inOrder("commits would wait until it allows for the next one"),
+		},
 	)
 	w.mustFail(w.providerConfig("")+w.repositoryConfig()+w.jobConfig(folder),
 		"Prerequisite Not Met: temporary_folder", missing+" does not exist", "sudo install -d",
 		"Prerequisite Not Met: archive_mode", "ALTER SYSTEM SET archive_mode = on",
 		"Prerequisite Not Met: archive_command", `"cp …"`, `existing_archive_command = "replace"`,
 		"Prerequisite Not Met: wal_level", "minimal",
+		"Prerequisite Not Met: max_wal_senders", "WAL is streamed through it",
 	)
 	if err := w.archiveCommandMustBe(theirs); err != nil {
 		t.Error(err)
 	}
 	if left := w.guestFiles(); len(left) > 0 {
 		t.Errorf("planning has left %v on the guest", left)
+	}
+}
+
+// TestAccBackupJob_synchronous has commits wait for the repository, and a slot hold WAL back, and takes both away again.
+func TestAccBackupJob_synchronous(t *testing.T) {
+	w := newAccWorld(t, pgtest.Options{Settings: map[string]string{"archive_mode": "on", "max_slot_wal_keep_size": "1GB"}})
+	hba := filepath.Join(w.cluster.ConfigDir, "pg_hba.conf")
+	before, err := os.ReadFile(hba)
+	if err != nil {
+		t.Fatal(err)
+	}
+	allow := func(content []byte) {
+		if err := os.WriteFile(hba, content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		w.cluster.Exec("select pg_reload_conf()")
+	}
+	base := w.providerConfig("") + w.repositoryConfig()
+	synchronous, slot := base+w.jobConfig(`wal = { synchronous = true }`), base+w.jobConfig(`wal = { slot = true, max_requests_per_hour = 3600 }`)
+	names := func(expected string) resource.TestCheckFunc {
+		return func(*terraform.State) error {
+			w.cluster.Exec("create table if not exists commits (i int)")
+			w.cluster.Exec("insert into commits values (1)") // does not hang
+			if found := w.cluster.Scalar("show synchronous_standby_names"); found != expected {
+				return fmt.Errorf("synchronous_standby_names: found %q, expected %q", found, expected)
+			}
+			return nil
+		}
+	}
+	actual := tfjsonpath.New("guest_settings_actual").AtMapKey(w.instance()).AtMapKey("synchronous_standby_names")
+	w.test(
+		resource.TestStep{
+			PreConfig: func() { allow([]byte("local all all peer\n")) },
+			Config:    synchronous, ExpectError: inOrder("Prerequisite Not Met: replication", "pg_hba.conf lets it stream no WAL", "local replication"),
+		},
+		resource.TestStep{
+			PreConfig: func() { allow(before) },
+			Config:    synchronous, Check: names("pgark"),
+			ConfigStateChecks: []statecheck.StateCheck{statecheck.ExpectKnownValue(jobAddress, actual, knownvalue.StringExact("pgark"))},
+		},
+		resource.TestStep{ // somebody lets commits go on
+			PreConfig: func() {
+				w.cluster.Exec("alter system reset synchronous_standby_names")
+				w.cluster.Exec("select pg_reload_conf()")
+			},
+			Config: synchronous, ConfigPlanChecks: expectAction(plancheck.ResourceActionUpdate, "guest_settings_actual"), Check: names("pgark"),
+		},
+		resource.TestStep{
+			Config: slot, ConfigPlanChecks: expectAction(plancheck.ResourceActionUpdate, "config_sha256"), Check: names(""),
+		},
+		resource.TestStep{
+			PreConfig: func() {
+				if found := w.cluster.Scalar("select slot_name from pg_replication_slots where active"); found != "pgark_orders" {
+					t.Errorf("active slots: %q", found)
+				}
+			},
+			Config: synchronous, Check: names("pgark"),
+		},
+	)
+	if err := names("")(nil); err != nil {
+		t.Error(err)
+	}
+	if found := w.cluster.Scalar("select count(*) from pg_replication_slots"); found != "0" {
+		t.Errorf("found %s slots", found)
 	}
 }
 

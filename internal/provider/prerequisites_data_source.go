@@ -29,6 +29,9 @@ type prerequisitesDataModel struct {
 	RepositorySettings types.Object `tfsdk:"repository_settings"`
 	Include            types.Set    `tfsdk:"include"`
 	Exclude            types.Set    `tfsdk:"exclude"`
+	WALMode            types.String `tfsdk:"wal_mode"`
+	Synchronous        types.Bool   `tfsdk:"synchronous"`
+	Slot               types.Bool   `tfsdk:"slot"`
 	TempFolder         types.String `tfsdk:"temp_folder"`
 	DatabaseUser       types.String `tfsdk:"database_user"`
 	GuestSettings      types.Object `tfsdk:"guest_settings"`
@@ -84,8 +87,14 @@ func (d *prerequisitesDataSource) Schema(_ context.Context, _ datasource.SchemaR
 			"repository_settings": repositorySettingsForData(),
 			"include":             schema.SetAttribute{ElementType: types.StringType, Optional: true, MarkdownDescription: "Names or patterns of instances to look at. Default: all.", Validators: []validator.Set{valueStrings(pattern)}},
 			"exclude":             schema.SetAttribute{ElementType: types.StringType, Optional: true, MarkdownDescription: "Names or patterns of instances to leave out.", Validators: []validator.Set{valueStrings(pattern)}},
+			"wal_mode": schema.StringAttribute{
+				Optional: true, MarkdownDescription: "`continuous` (default) or `interval`, as `wal.mode` of the job. Streaming has prerequisites of its own.",
+				Validators: []validator.String{validators.String("`continuous` or `interval`", validators.Job(func(j *job.Job, v string) { j.WAL.Mode = v }))},
+			},
+			"synchronous": schema.BoolAttribute{Optional: true, MarkdownDescription: "Whether commits are to wait for the repository, as `wal.synchronous` of the job. Default: `false`."},
+			"slot":        schema.BoolAttribute{Optional: true, MarkdownDescription: "Whether a replication slot is to hold WAL back, as `wal.slot` of the job. Default: `false`."},
 			"temp_folder": schema.StringAttribute{
-				Optional: true, MarkdownDescription: "Directory that is to take WAL while the repository is unreachable.",
+				Optional: true, MarkdownDescription: "Directory that is to take WAL while the repository is away, as `wal.temp_folder` of the job.",
 				Validators: []validator.String{validators.String("an absolute path", validators.Job(func(j *job.Job, v string) { j.WAL.TempFolder = v }))},
 			},
 			"database_user": schema.StringAttribute{
@@ -134,7 +143,9 @@ func (d *prerequisitesDataSource) Read(ctx context.Context, req datasource.ReadR
 
 		DatabaseUser: m.DatabaseUser.ValueString(),
 		Instances:    job.Selection{Include: stringsOf(ctx, m.Include, diags), Exclude: stringsOf(ctx, m.Exclude, diags)},
-		WAL:          job.WAL{TempFolder: m.TempFolder.ValueString()},
+		WAL: job.WAL{
+			Mode: m.WALMode.ValueString(), Synchronous: m.Synchronous.ValueBool(), Slot: m.Slot.ValueBool(), TempFolder: m.TempFolder.ValueString(),
+		},
 	}
 	m.RepositorySettings = d.settings(ctx, m.Repository, m.RepositorySettings, diags)
 	if withRepository {

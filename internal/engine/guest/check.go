@@ -204,7 +204,7 @@ func (e *examination) add(c Check) { e.checks = append(e.checks, c) }
 func (e *examination) failed(withoutStream bool) []Check {
 	var out []Check
 	for _, c := range e.checks {
-		if c.Status == Fail && !(withoutStream && slices.Contains(streamChecks, c.Name)) {
+		if c.Status == Fail && (!withoutStream || !slices.Contains(streamChecks, c.Name)) {
 			out = append(out, c)
 		}
 	}

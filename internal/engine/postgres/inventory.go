@@ -61,9 +61,10 @@ func ReadInventory(ctx context.Context, conn *pgx.Conn, forSizes time.Duration) 
 	if i.Extensions, err = collectStrings(ctx, conn, "select extname::text from pg_extension order by 1"); err != nil {
 		return nil, fmt.Errorf("read extensions: %w", err)
 	}
-	// Subscribers stream, too, and follow only a part. The names are null for those who may not see them.
+	// Subscribers stream, too, and follow only a part; pgark streams for a backup. The names are null for those who may not
+	// see them.
 	i.Followers, err = collectStrings(ctx, conn, `select r.application_name from pg_stat_replication r
-		where r.state = 'streaming' and r.application_name is not null and not exists
+		where r.state = 'streaming' and r.application_name <> '`+ApplicationName+`' and not exists
 			(select from pg_replication_slots s where s.active_pid = r.pid and s.slot_type = 'logical') order by 1`)
 	if err != nil {
 		return nil, fmt.Errorf("read followers: %w", err)
