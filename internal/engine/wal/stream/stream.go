@@ -11,6 +11,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/jackc/pgx/v5/pgconn"
+
 	"github.com/pgark/terraform-provider-pgark/internal/engine/postgres"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/repository"
 )
@@ -122,6 +124,9 @@ var ErrOtherCluster = errors.New("the server is another cluster")
 const (
 	reconnectFirst = 200 * time.Millisecond
 	reconnectMost  = 10 * time.Second
+
+	// reconnectWhileDown is the longest wait while no server listens.
+	reconnectWhileDown = 500 * time.Millisecond
 )
 
 // Run streams until ctx ends, over as many connections as it takes, then stores what it has received, which takes 5
@@ -155,6 +160,10 @@ func (s *Streamer) Run(ctx context.Context) error {
 		if streamed {
 			wait = reconnectFirst
 		}
+		if postgres.IsNotRunning(err) || startsUp(err) {
+			// The first commits of a server that is back must not wait for us, and asking costs nothing.
+			wait = min(wait, reconnectWhileDown)
+		}
 		s.lost(err)
 		select {
 		case <-ctx.Done():
@@ -163,6 +172,12 @@ func (s *Streamer) Run(ctx context.Context) error {
 		}
 		wait = min(2*wait, reconnectMost)
 	}
+}
+
+// startsUp tells whether a server listens that takes no connections yet: cannot_connect_now.
+func startsUp(err error) bool {
+	var pg *pgconn.PgError
+	return errors.As(err, &pg) && pg.Code == "57P03"
 }
 
 // disconnected notes that nothing is received any more.

@@ -22,6 +22,11 @@ const (
 	// costs, and what a tail in flight holds in memory.
 	runBytes = 4 << 20
 
+	// bufferStep is the least that is allocated for a run: most never need more, and so the buffer of one that is stored
+	// serves another. keepBuffers is how many wait for that.
+	bufferStep  = 1 << 20
+	keepBuffers = 4
+
 	// bufferBytes bounds what is received and not durable. Beyond it whole segments are the faster way.
 	bufferBytes = 64 << 20
 
@@ -89,7 +94,8 @@ type ledger struct {
 	sum, came uint32       // CRC-32C of the segment's bytes: up to summed, and of those that came again
 
 	inFlight   []*cut
-	memory     int64 // capacity of all runs' buffers
+	memory     int64    // capacity of all runs' buffers
+	free       [][]byte // buffers of bufferStep that no run has
 	lastFlush  time.Time
 	latency    time.Duration // of a PUT, smoothed
 	lastStored time.Time     // when the newest tail that was stored had been begun
@@ -376,24 +382,44 @@ func (l *ledger) grow(r *run, size int) bool {
 	if size <= have {
 		return true
 	}
-	want := max(64<<10, have)
+	want := max(bufferStep, have)
 	for want < size {
 		want *= 2
 	}
 	if l.memory+int64(want-have) > bufferBytes {
 		return false
 	}
-	data := make([]byte, len(r.data), want)
-	copy(data, r.data)
-	r.data = data
-	l.memory += int64(want - have)
+	old := r.data
+	r.data = append(l.buffer(want), old...)
+	l.memory += int64(want)
+	l.recycle(r, old)
 	return true
+}
+
+// buffer returns an empty buffer.
+func (l *ledger) buffer(size int) []byte {
+	if n := len(l.free); n > 0 && size == bufferStep {
+		b := l.free[n-1]
+		l.free = l.free[:n-1]
+		return b
+	}
+	return make([]byte, 0, size)
 }
 
 // release forgets the bytes of r.
 func (l *ledger) release(r *run) {
-	l.memory -= int64(cap(r.data))
+	old := r.data
 	r.data = nil
+	l.recycle(r, old)
+}
+
+// recycle gives up a buffer of r, and keeps it for another run unless a tail in flight refers to it.
+func (l *ledger) recycle(r *run, b []byte) {
+	l.memory -= int64(cap(b))
+	if cap(b) != bufferStep || len(l.free) == keepBuffers || slices.ContainsFunc(l.inFlight, func(c *cut) bool { return c.run == r }) {
+		return
+	}
+	l.free = append(l.free, b[:0])
 }
 
 // close ends a run that is open; what lies behind its end begins the next.
@@ -407,7 +433,7 @@ func (l *ledger) close(s *segment, r *run, end postgres.LSN) {
 	r.end, r.sum, r.data = end, l.sum, r.data[:end-r.start]
 	if len(rest) > 0 {
 		// The beginning of a record. It was within bounds where it lay, so it is here.
-		next := &run{start: end, stored: end, data: append(make([]byte, 0, max(64<<10, len(rest))), rest...)}
+		next := &run{start: end, stored: end, data: append(l.buffer(max(bufferStep, len(rest))), rest...)}
 		l.memory += int64(cap(next.data))
 		s.runs = append(s.runs, next)
 	}

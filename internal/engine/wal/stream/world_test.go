@@ -30,6 +30,7 @@ type world struct {
 	proxy  *s3test.FaultProxy
 	series *repository.Series // past the proxy
 	base   string             // a copy of the data directory, from before anything was streamed
+	start  postgres.LSN       // where the server's WAL stood then
 
 	mu      sync.Mutex
 	shipped []postgres.SegmentName
@@ -39,7 +40,7 @@ type world struct {
 const testJob = "orders"
 
 // newWorld makes a world; segments of megabytes, 0 for PostgreSQL's default.
-func newWorld(t *testing.T, major, megabytes int, settings map[string]string) *world {
+func newWorld(t *testing.T, major, megabytes int) *world {
 	t.Helper()
 	w := &world{t: t, size: postgres.DefaultSegmentSize}
 	if megabytes > 0 {
@@ -47,16 +48,14 @@ func newWorld(t *testing.T, major, megabytes int, settings map[string]string) *w
 	}
 	w.s3 = s3test.Start(t)
 	w.proxy = s3test.NewFaultProxy(t, w.s3.Endpoint(), s3test.Faults{})
-	all := map[string]string{"max_wal_senders": "5", "wal_keep_size": "1GB", "autovacuum": "off"}
-	for name, value := range settings {
-		all[name] = value
-	}
-	w.pg = pgtest.Start(t, pgtest.Options{Major: major, WALSegmentSizeMB: megabytes, Settings: all})
+	w.pg = pgtest.Start(t, pgtest.Options{Major: major, WALSegmentSizeMB: megabytes, Settings: map[string]string{
+		"max_wal_senders": "5", "wal_keep_size": "1GB", "autovacuum": "off"}})
 	w.pg.Exec("create table t (n bigint, x text)")
 	w.pg.Stop(pgtest.Fast)
 	w.base = filepath.Join(pgtest.Dir(t), "base")
 	w.copy(w.pg.DataDir, w.base)
 	w.pg.Start()
+	w.start = flushed(t, w.pg)
 
 	store := w.s3.Open("bucket/prefix")
 	repo, _, err := repository.Create(t.Context(), store, nil)
@@ -120,6 +119,13 @@ func (w *world) stream(c *pgtest.Cluster, change ...func(*Options)) *running {
 		Completed: func(name postgres.SegmentName) {
 			ships.Go(func() { w.ship(ctx, series, c, r, name) })
 		},
+		Unstored: func() []postgres.SegmentName {
+			names := w.unstored(ctx, c)
+			for _, name := range names {
+				ships.Go(func() { w.ship(ctx, series, c, r, name) })
+			}
+			return names
+		},
 		Log: slog.New(slog.NewTextHandler(&logWriter{w}, &slog.HandlerOptions{Level: slog.LevelDebug})),
 	}
 	for _, f := range change {
@@ -144,6 +150,32 @@ func (r *running) stop() error {
 	r.cancel()
 	<-r.done
 	return r.err
+}
+
+// unstored lists the finished segments of timeline 1 that were not shipped yet, as the shipper finds them.
+func (w *world) unstored(ctx context.Context, c *pgtest.Cluster) []postgres.SegmentName {
+	conn, err := postgres.Connect(ctx, postgres.ConnectOptions{SocketDirectory: c.SocketDir, Port: c.Port, Owner: c.Owner, User: c.Owner})
+	if err != nil {
+		return nil
+	}
+	defer func() { _ = conn.Close(context.Background()) }()
+	var lsn string
+	if err := conn.QueryRow(ctx, "select case when pg_is_in_recovery() then '0/0' else pg_current_wal_flush_lsn()::text end").Scan(&lsn); err != nil {
+		return nil
+	}
+	end, err := postgres.ParseLSN(lsn)
+	if err != nil {
+		return nil
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var names []postgres.SegmentName
+	for n := w.size.Number(w.start); n < w.size.Number(end); n++ {
+		if name := postgres.MakeSegmentName(1, n, w.size); !slices.Contains(w.shipped, name) {
+			names = append(names, name)
+		}
+	}
+	return names
 }
 
 // ship stores a whole segment, trying until that succeeds.
@@ -201,14 +233,29 @@ func (w *world) tails(name postgres.SegmentName) []repository.Tail {
 // assemble puts together from the repository what it holds of a segment: the whole, or a chain of tails.
 func (w *world) assemble(name postgres.SegmentName) []byte {
 	w.t.Helper()
-	var whole bytes.Buffer
-	_, err := w.series.GetWAL(w.t.Context(), string(name), &whole)
-	if err == nil {
-		return whole.Bytes()
+	for {
+		var whole bytes.Buffer
+		_, err := w.series.GetWAL(w.t.Context(), string(name), &whole)
+		if err == nil {
+			return whole.Bytes()
+		}
+		if !errors.Is(err, objectstore.ErrNotExist) {
+			w.t.Fatal(err)
+		}
+		out, err := w.chain(name)
+		if err != nil && !errors.Is(err, objectstore.ErrNotExist) {
+			w.t.Fatal(err)
+		}
+		// Tails go when the segment comes, or a longer tail: what was listed may be gone.
+		if _, gone := w.series.StatWAL(w.t.Context(), string(name)); err == nil && gone != nil {
+			return out
+		}
 	}
-	if !errors.Is(err, objectstore.ErrNotExist) {
-		w.t.Fatal(err)
-	}
+}
+
+// chain puts together what the tails of a segment hold.
+func (w *world) chain(name postgres.SegmentName) ([]byte, error) {
+	w.t.Helper()
 	var out []byte
 	start := name.Start(w.size)
 	tails := w.tails(name)
@@ -221,11 +268,11 @@ func (w *world) assemble(name postgres.SegmentName) []byte {
 			}
 		}
 		if best.End == at {
-			return out
+			return out, nil
 		}
 		var b bytes.Buffer
 		if _, err := w.series.GetTail(w.t.Context(), best, &b); err != nil {
-			w.t.Fatal(err)
+			return nil, err
 		}
 		out = append(out, b.Bytes()[at-best.Start:]...)
 	}
