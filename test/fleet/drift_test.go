@@ -72,6 +72,8 @@ var drifts = [][]drift{
 			[]string{`archive_library of 15-b is "basic_archive", which takes the place of archive_command; expected it empty`}},
 		{"archive_mode will be off", alter(5503, "alter system set archive_mode = off"),
 			[]string{`archive_mode of 15-c will be "off" after its next restart`}},
+		{"a replication slot is left over", alter(5504, "select pg_create_physical_replication_slot('pgark_orders', true)"),
+			[]string{"the replication slot pgark_orders of 15-d is left over, and keeps WAL from being removed"}},
 	},
 	{
 		{"the link to the binary is removed", "rm /usr/local/bin/pgark", []string{"the runner's binary is missing, or the link to it is broken", "runner_sha256"}},

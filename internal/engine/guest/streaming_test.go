@@ -268,8 +268,14 @@ func TestRemove_commitsGoOn(t *testing.T) {
 	j := w.job(c)
 	j.WAL.Synchronous = true
 	w.apply(j)
-	must(t, os.Remove(w.layout.BinaryLink())) // the supervisor starts no other
-	must(t, syscall.Kill(w.status(c).PID, syscall.SIGKILL))
+	runner := w.status(c).PID
+	b, err := os.ReadFile(w.layout.PIDFile(jobName, name(c)))
+	must(t, err)
+	supervisor, err := strconv.Atoi(string(bytes.TrimSpace(b)))
+	must(t, err)
+	for _, pid := range []int{supervisor, runner} { // in this order: nobody starts another
+		must(t, syscall.Kill(pid, syscall.SIGKILL))
+	}
 	committed := make(chan error, 1)
 	go func() {
 		out, err := c.Command("psql", "-h", c.SocketDir, "-p", strconv.Itoa(c.Port), "-d", "postgres", "-c", "create table waits ()").CombinedOutput()
