@@ -87,11 +87,7 @@ func TestDamagedWAL(t *testing.T) {
 		t.Fatalf("windows: %v", whole)
 	}
 	d.verify(d.dir, true)
-	segment := func(name string) (start, end postgres.LSN) {
-		s := postgres.SegmentName(name)
-		return s.Start(1 << 20), s.End(1 << 20)
-	}
-	start, _ := segment(victim)
+	start := postgres.SegmentName(victim).Start(1 << 20)
 	split := []extent{{first.StopLSN, start, 1}, {second.StopLSN, whole[0].EndLSN, 1}}
 	across := []string{"--image", first.ID, "--latest"}
 
@@ -132,7 +128,7 @@ func TestDamagedWAL(t *testing.T) {
 	// What is left of the tails reaches from the beginning of the last segment.
 	last := d.lastTail(d.dir)
 	unfinished := postgres.SegmentAt(1, whole[0].EndLSN, 1<<20)
-	streamed, _ := segment(string(unfinished))
+	streamed := unfinished.Start(1 << 20)
 	cut := []extent{{first.StopLSN, streamed, 1}}
 	if from := d.tailStart(last); from > streamed {
 		cut[0].EndLSN = from
@@ -186,6 +182,7 @@ func TestDamagedWAL(t *testing.T) {
 					t.Errorf("verify: %+v", v)
 				}
 				d.mustFail(dir, 3, "00000002.history", "--timeline", "2", "--latest")
+				d.mustHold(dir, 4)
 			})
 		}
 	})

@@ -261,7 +261,7 @@ func sameUpTo(a, b string, n int64) error {
 	return nil
 }
 
-// history is the history of a timeline, nil if it is not in the archive. That it is absent is not remembered.
+// history is the history of a timeline, nil if it is not in the archive, or damaged. That it is absent is not remembered.
 func (f *Fetcher) history(ctx context.Context, source Source, t postgres.Timeline) (postgres.History, error) {
 	if t == 1 {
 		return nil, nil
@@ -273,10 +273,11 @@ func (f *Fetcher) history(ctx context.Context, source Source, t postgres.Timelin
 		return h, nil
 	}
 	var b bytes.Buffer
-	if _, err := source.GetWAL(ctx, postgres.HistoryFileName(t), &b); err != nil {
-		if errors.Is(err, objectstore.ErrNotExist) {
-			return nil, nil // nothing says what it descends from
-		}
+	if _, err := source.GetWAL(ctx, postgres.HistoryFileName(t), &b); unusable(err) {
+		// Nothing says what it descends from. If it is along this timeline that recovery goes, PostgreSQL has asked for the file,
+		// and was told.
+		return nil, nil
+	} else if err != nil {
 		return nil, err
 	}
 	h, err := postgres.ParseHistory(t, b.Bytes())
