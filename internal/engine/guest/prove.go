@@ -20,7 +20,8 @@ const proofPatience = 60 * time.Second
 
 // Prove makes each primary of the job as it is deployed here finish a WAL segment, and waits until that is in the
 // repository: the whole way, through archive_command and the runner. What is chained behind ours has to succeed, too. A
-// segment that gets stuck is a *ProofError.
+// segment that gets stuck is a *ProofError. In mode continuous each runner has to stream WAL, those of replicas, too; one that
+// does not is a *StreamError.
 func Prove(ctx context.Context, layout job.Layout, j *job.Job, credentials *objectstore.Credentials) ([]Proof, error) {
 	store, err := objectstore.Open(ctx, j.Location(credentials), objectstore.Options{})
 	if err != nil {
@@ -38,6 +39,11 @@ func Prove(ctx context.Context, layout job.Layout, j *job.Job, credentials *obje
 			return proofs, err
 		}
 		proofs = append(proofs, p)
+		if j.Enabled && j.WAL.Mode == job.WALContinuous {
+			if err := g.awaitStream(ctx, j.Name, i.Name); err != nil {
+				return proofs, err
+			}
+		}
 	}
 	return proofs, nil
 }

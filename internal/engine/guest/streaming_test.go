@@ -49,9 +49,13 @@ func TestCheck_streaming(t *testing.T) {
 	// Where the user wants no error of it, whole segments are shipped.
 	d := w.deployment(j)
 	d.WithoutStream = true
-	_, err := w.guest.Apply(w.ctx, d)
+	s, err := w.guest.Apply(w.ctx, d)
 	must(t, err)
 	w.waitForWAL(c, c.SwitchWAL())
+	var not *guest.StreamError
+	if _, err := guest.Prove(w.ctx, w.layout, s.Job, nil); !errors.As(err, &not) || !strings.Contains(err.Error(), "pg_hba.conf") {
+		t.Errorf("found %v", err)
+	}
 	w.mend(j, "replication")
 
 	// The runner's own connection, which comes as soon as it may, is in nobody's way.
