@@ -83,7 +83,7 @@ func (w *world) protects(g *guests.Guest) {
 	if state := strings.TrimSpace(g.Run("systemctl is-active " + unit15 + "; systemctl is-enabled " + unit15)); state != "active\nenabled" {
 		w.Errorf("the unit is %q", state)
 	}
-	image(g, ordersJob, main15)
+	image(g, ordersJob)
 	w.arrives(g)
 	w.noGap(g, ordersJob)
 }
@@ -304,7 +304,7 @@ func TestWithoutSystemd(t *testing.T) {
 	g := w.net.Boot(guests.Options{NoSystemd: true})
 	w.configure("", job(ordersJob, g, `guest_settings = { restart = "allow" }`))
 	w.apply()
-	image(g, ordersJob, main15)
+	image(g, ordersJob)
 	w.arrives(g)
 	w.nothingToDo()
 	g.Run("pkill -9 -f 'pgark run'")

@@ -95,7 +95,7 @@ func newLosing(t *testing.T, lines string) *losing {
 		create table account (id int primary key, balance int not null, filler char(84) not null default '');
 		insert into account select i, 0 from generate_series(1, 100000) i;
 		create table entry (number int primary key, word text not null);`)
-	image(l.machine, losingJob, main15)
+	image(l.machine, losingJob)
 	// Whoever restores has the program and knows the repository, nothing else.
 	program := l.machine.Run("base64 -w0 $(readlink -f /usr/local/bin/pgark)")
 	l.rescue.Put("/root/pgark.base64", []byte(program), 0o600)

@@ -174,7 +174,7 @@ func TestUpgrade(t *testing.T) {
 	g.Run(`su postgres -c "createdb bench && /usr/lib/postgresql/15/bin/pgbench -q -i -s 5 bench"
 systemd-run -q --unit load-bench -p User=postgres /usr/lib/postgresql/15/bin/pgbench -n -c 2 -R 50 -T 600 bench
 systemd-run -q --unit load-switch -p User=postgres sh -c 'while :; do psql -qAtc "select pg_switch_wal()" postgres; sleep 1; done'`)
-	image(g, "orders", "15-main")
+	image(g, "orders")
 	before := readArchiver(t, g)
 
 	current, err := providerBinary()

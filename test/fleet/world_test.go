@@ -343,9 +343,9 @@ func (w *world) list(g *guests.Guest, name string) list {
 	return l
 }
 
-// image takes an image of an instance, now.
-func image(g *guests.Guest, name, instance string) {
-	g.Run(fmt.Sprintf("/usr/local/bin/pgark image --job %s --instance %s", name, instance))
+// image takes an image of the guest's own cluster, now.
+func image(g *guests.Guest, name string) {
+	g.Run(fmt.Sprintf("/usr/local/bin/pgark image --job %s --instance %s", name, main15))
 }
 
 // noGap demands that everything a job has stored is one recoverable window for each instance.
