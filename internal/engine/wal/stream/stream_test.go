@@ -148,9 +148,9 @@ func TestStream_storeAway(t *testing.T) {
 	r.durable(w.start+100_000, 5*time.Second)
 	w.s3.Stop()
 	before := len(load.so())
-	away := 12 * time.Second
+	away := 11 * time.Second
 	if testing.Short() {
-		away = 6 * time.Second
+		away = 8 * time.Second
 	}
 	time.Sleep(away)
 	during := len(load.so()) - before
@@ -237,7 +237,6 @@ func TestStream_shutdown(t *testing.T) {
 		away   bool
 		limit  time.Duration
 	}{
-		{"asynchronous", func(*Options) {}, false, 3 * time.Second},
 		{"asynchronous, store away", func(*Options) {}, true, 3 * time.Second},
 		{"slot", func(o *Options) { o.Slot = "pgark_orders" }, false, 3 * time.Second},
 		{"slot, store away", func(o *Options) { o.Slot = "pgark_orders" }, true, shutdownGrace + 4*time.Second},
