@@ -177,6 +177,9 @@ func (w *world) wal(segments int, ours *pgark, peer *pgBackRest, order []tool, a
 	}
 	*calls = mergeCalls(*calls, found)
 	// For replay, everything into the repository once more, uncounted.
+	if err := w.signalResident(syscall.SIGCONT); err != nil {
+		return err
+	}
 	if _, err := w.measurePush(ours, names); err != nil {
 		return err
 	}

@@ -271,6 +271,13 @@ func (p *pgBackRest) push(segment string) command {
 	return c
 }
 
+// pushSynchronous stores one segment while PostgreSQL waits, and looks for no others.
+func (p *pgBackRest) pushSynchronous(segment string) command {
+	c := p.command("--no-archive-async", "archive-push", "pg_wal/"+segment)
+	c.dir = p.w.data
+	return c
+}
+
 func (p *pgBackRest) restore(dir string) command {
 	return p.command("--pg1-path="+dir, "--type=none", "restore")
 }

@@ -22,6 +22,9 @@ import (
 func (w *world) backlog(names []string, ours *pgark, order []tool, add func(op string, t tool, s sample)) error {
 	op := fmt.Sprintf("%d segments pushed", len(names))
 	for _, t := range order {
+		if err := w.signalResident(syscall.SIGSTOP); err != nil { // measurePush wakes it for its own turn
+			return err
+		}
 		s, err := w.measurePush(t, names)
 		if err != nil {
 			return fmt.Errorf("push of %s: %w", t.name(), err)
@@ -59,10 +62,17 @@ func (w *world) singles(names []string, ours *pgark, peer *pgBackRest) ([]call, 
 		ours  bool
 	}{
 		{"pgark, not stored yet", ours.push, 0, true},
-		{"pgark, stored by streaming", ours.push, 500 * time.Millisecond, true},
-		{"pgBackRest, synchronous", func(s string) command { return peer.command("--no-archive-async", "archive-push", "pg_wal/"+s) }, 0, false},
+		{"pgark, stored by streaming", ours.push, 1500 * time.Millisecond, true},
+		{"pgBackRest, synchronous", peer.pushSynchronous, 0, false},
 		{"pgBackRest, asynchronous", peer.push, 0, false},
 	} {
+		turn := syscall.SIGSTOP
+		if c.ours {
+			turn = syscall.SIGCONT
+		}
+		if err := w.signalResident(turn); err != nil {
+			return nil, err
+		}
 		result := call{what: c.what}
 		for _, n := range names {
 			_ = os.Remove(filepath.Join(status, n+".done"))
