@@ -19,6 +19,9 @@ func (p *protection) gap(g control.WALGap) {
 	}
 	d.gapCount++
 	d.mu.Unlock()
+	if p.streaming != nil {
+		p.streaming.lost(g)
+	}
 	p.images.afterGap(g.FoundAt)
 }
 

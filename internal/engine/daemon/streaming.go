@@ -130,6 +130,19 @@ func (v *streaming) stored(r wal.Receipt) {
 	}
 }
 
+// lost is told of every gap.
+func (v *streaming) lost(g control.WALGap) {
+	s := v.current()
+	start, err := postgres.ParseLSN(g.StartLSN)
+	if err != nil || s == nil {
+		return
+	}
+	size := v.p.segment
+	for n := size.Number(start); n < size.Number(start)+g.Segments; n++ {
+		s.SegmentLost(postgres.MakeSegmentName(postgres.Timeline(g.Timeline), n, size))
+	}
+}
+
 // status counts since the protection began.
 func (v *streaming) status() control.StreamStatus {
 	s := v.current()

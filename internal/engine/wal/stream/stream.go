@@ -251,6 +251,20 @@ func (s *Streamer) SegmentStored(name postgres.SegmentName) {
 	s.say(notices)
 }
 
+// SegmentLost says that a finished segment is gone before it was durable: nobody waits for it any more, least of all
+// commits that came after it.
+func (s *Streamer) SegmentLost(name postgres.SegmentName) {
+	now := time.Now()
+	s.mu.Lock()
+	for _, l := range s.ledgers {
+		l.segmentLost(name)
+	}
+	notices := s.changes(now, nil)
+	s.mu.Unlock()
+	s.poke(s.wakeReports)
+	s.say(notices)
+}
+
 // Position is how far WAL has come.
 type Position struct {
 	Timeline      postgres.Timeline // 0: nothing was streamed yet

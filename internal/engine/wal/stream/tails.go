@@ -803,6 +803,22 @@ func (l *ledger) segmentStored(name postgres.SegmentName) {
 	l.prune()
 }
 
+// segmentLost says that a finished segment will never be durable as a whole: what follows does not wait for it any more.
+// Its tails stay, since they are all there is of it.
+func (l *ledger) segmentLost(name postgres.SegmentName) {
+	last := l.last()
+	l.segments = slices.DeleteFunc(l.segments, func(s *segment) bool {
+		if s.name != name || s == last {
+			return false
+		}
+		for _, r := range s.runs {
+			l.release(r)
+		}
+		return true
+	})
+	l.prune()
+}
+
 // storeWorks ends a time of failures.
 func (l *ledger) storeWorks() {
 	l.failures, l.failingSince, l.notBefore = 0, time.Time{}, time.Time{}

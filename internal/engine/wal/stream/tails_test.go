@@ -547,6 +547,26 @@ func TestLedger_awaited(t *testing.T) {
 	}
 }
 
+// TestLedger_lost: nothing waits for a segment that is lost, and what is stored of it stays.
+func TestLedger_lost(t *testing.T) {
+	size := postgres.DefaultSegmentSize
+	l := &ledger{timeline: 1, size: size, maxLag: time.Second}
+	name := func(n uint64) postgres.SegmentName { return postgres.MakeSegmentName(1, n, size) }
+	l.begin(epoch, size.Start(7), []postgres.SegmentName{name(5), name(6)})
+	l.segmentLost(name(7)) // it is in progress: no such thing
+	l.segmentStored(name(5))
+	if got := l.durable(); got != size.Start(6) {
+		t.Errorf("durable %s before, expected %s", got, size.Start(6))
+	}
+	l.segmentLost(name(6))
+	if got := l.durable(); got != size.Start(7) {
+		t.Errorf("durable %s, expected %s", got, size.Start(7))
+	}
+	if garbage := l.takeGarbage(); len(garbage) > 0 {
+		t.Errorf("found %v to be deleted", garbage)
+	}
+}
+
 func TestBudget(t *testing.T) {
 	for _, perHour := range []int64{1, 10, 60, 720, 3600, 100_000} {
 		t.Run(fmt.Sprint(perHour), func(t *testing.T) {
