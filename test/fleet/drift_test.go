@@ -72,8 +72,6 @@ var drifts = [][]drift{
 			[]string{`archive_library of 15-b is "basic_archive", which takes the place of archive_command; expected it empty`}},
 		{"archive_mode will be off", alter(5503, "alter system set archive_mode = off"),
 			[]string{`archive_mode of 15-c will be "off" after its next restart`}},
-		{"a replication slot is left over", alter(5504, "select pg_create_physical_replication_slot('pgark_orders', true)"),
-			[]string{"the replication slot pgark_orders of 15-d is left over, and keeps WAL from being removed"}},
 	},
 	{
 		{"the link to the binary is removed", "rm /usr/local/bin/pgark", []string{"the runner's binary is missing, or the link to it is broken", "runner_sha256"}},
@@ -81,6 +79,8 @@ var drifts = [][]drift{
 		{"a drop-in is added", `d=/etc/systemd/system/` + unitOf("15-main") + `.d
 mkdir "$d"; printf '[Service]\nNice=5\n' >"$d/nice.conf"; systemctl daemon-reload`,
 			[]string{"the runner of 15-main does not run as deployed: its unit was edited", "nice.conf"}},
+		{"a replication slot is left over", alter(5502, "select pg_create_physical_replication_slot('pgark_orders', true)"),
+			[]string{"the replication slot pgark_orders of 15-b is left over, and keeps WAL from being removed"}},
 		{"a socket is deleted", "rm /run/pgark/orders/15-b.sock", []string{"the runner of 15-b runs, but does not answer at its socket"}},
 		{"a port is changed", "sed -i 's/^port = .*/port = 5513/' /etc/postgresql/15/c/postgresql.conf; systemctl restart postgresql@15-c",
 			[]string{"the port of 15-c has changed from 5503 to 5513", "protected_instances"}},
