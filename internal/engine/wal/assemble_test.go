@@ -443,6 +443,29 @@ func TestFetch_tails(t *testing.T) {
 	}
 }
 
+// A timeline whose history is damaged cannot be followed, but its number is not free.
+func TestFetch_damagedHistory(t *testing.T) {
+	w := newWorld(t)
+	w.putHistory(2, "1\t0/500000\tno recovery target specified\n")
+	w.flip("00000002.history")
+	w.put(segment(1, 4))
+	f := w.fetcher(w.series)
+	file, found, err := f.Fetch(t.Context(), "00000002.history")
+	if err != nil || !found {
+		t.Fatalf("found %v, %v", found, err)
+	}
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if h, err := postgres.ParseHistory(2, b); err == nil {
+		t.Errorf("it reads as %v", h)
+	}
+	if _, found, err := f.Fetch(t.Context(), segment(1, 5)); found || err != nil {
+		t.Errorf("the end of timeline 1: found %v, %v", found, err)
+	}
+}
+
 // A standby that follows an archive asks for the unfinished segment until it is whole.
 func TestFetch_tailsThatGrow(t *testing.T) {
 	w := newWorld(t)

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -188,6 +189,10 @@ func (f *Fetcher) Fetch(ctx context.Context, name string) (file string, found bo
 			f.o.Log.Warn("a damaged segment is replaced by what was streamed of it", "name", name, "error", err)
 			return file, true, nil
 		}
+	case kind.Kind == postgres.HistoryFile && errors.As(err, &corrupt):
+		f.o.Log.Error("a timeline's history is damaged", "name", name, "error", err)
+		file, err := f.refusedHistory(name, err)
+		return file, err == nil, err
 	case errors.Is(err, objectstore.ErrNotExist) && segment:
 		return f.absent(ctx, source, kind.Segment)
 	case errors.Is(err, objectstore.ErrNotExist):
@@ -195,6 +200,22 @@ func (f *Fetcher) Fetch(ctx context.Context, name string) (file string, found bo
 		return "", false, nil
 	}
 	return "", false, fmt.Errorf("fetch wal %s of %s: %w", name, source.ID(), err)
+}
+
+// refusedHistory stands in for a history that is damaged. To every server that ends recovery it must say that the timeline
+// has been used, or its number would be taken again; to one that is to follow the timeline it must be an error, which it
+// is, because PostgreSQL cannot parse it (readTimeLineHistory in timeline.c: a line has to begin with a number).
+func (f *Fetcher) refusedHistory(name string, damage error) (file string, err error) {
+	out, err := f.create(name)
+	if err != nil {
+		return "", err
+	}
+	defer out.closeOrRemove(&err)
+	if _, err := fmt.Fprintf(out, "damaged in the repository: %s\n", strings.ReplaceAll(damage.Error(), "\n", " ")); err != nil {
+		return "", err
+	}
+	f.handOver(out.Name())
+	return out.Name(), nil
 }
 
 // prepare makes the ring.
