@@ -225,7 +225,7 @@ func walAttribute() schema.SingleNestedAttribute {
 				"and **while the repository or the runner is away, commits wait**, also for the few seconds in which a runner is replaced by another version. It excludes `max_requests_per_hour`."),
 			"slot": boolWithDefault(false, "In mode `continuous`: whether a replication slot (`pgark_` and the job's name) keeps WAL in `pg_wal` until it was streamed. Archiving does that anyway, so nothing is lost without one; "+
 				"a slot spares the stream from waiting for the next segment after the runner was away. **A slot that nobody reads holds WAL back without end**: `max_slot_wal_keep_size` has to limit it, or the plan fails. It is dropped on destroy."),
-			"compression": withDefault(job.DefaultCompression, "`zstd`; or `adaptive`: less of it while there is a backlog, which is shipped three times as fast then and takes up to twice the room.",
+			"compression": withDefault(job.DefaultCompression, "`zstd`; or `adaptive`: less of it while there is a backlog, which costs less CPU and time then and takes up to twice the room.",
 				validators.String("`zstd` or `adaptive`", validators.Job(func(j *job.Job, v string) { j.WAL.Compression = v }))),
 			"temp_folder": schema.StringAttribute{
 				Optional: true,

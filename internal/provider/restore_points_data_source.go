@@ -82,7 +82,7 @@ func seriesAttribute() schema.ListNestedAttribute {
 					"from":      computedTime("The first consistent moment."),
 					"to":        computedTime("The last commit known."),
 					"start_lsn": computedString("Position of `from`."),
-					"end_lsn":   computedString("Position of `to`."),
+					"end_lsn":   computedString("How far the WAL reaches: at or behind the position of `to`."),
 					"timeline":  computedInt64("Timeline."),
 				}},
 			},

@@ -59,8 +59,9 @@ func (p *protection) retain(ctx context.Context) {
 	if err != nil {
 		p.d.log.Error("retention: it is tried again after the next image", "error", err)
 	}
-	if r != nil && (len(r.ExpiredImages) > 0 || r.WALFiles > 0 || r.GarbageObjects > 0) {
+	if r != nil && (len(r.ExpiredImages) > 0 || r.WALFiles > 0 || r.Tails > 0 || r.GarbageObjects > 0) {
 		p.d.log.Info("retention", "expired_images", r.ExpiredImages, "wal_files", r.WALFiles, "wal_bytes", r.WALBytes,
+			"tails", r.Tails, "tail_bytes", r.TailBytes,
 			"garbage_objects", r.GarbageObjects, "garbage_bytes", r.GarbageBytes)
 	}
 }

@@ -11,7 +11,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"strconv"
 	"sync"
 	"syscall"
 	"time"
@@ -276,20 +275,6 @@ func (s *Shipper) openSpool() {
 	}
 	if n := spool.Files(); n > 0 {
 		s.o.Log.Info("wal of an earlier run waits in the temporary folder", "directory", dir, "files", n, "bytes", spool.Bytes())
-	}
-	others, err := os.ReadDir(s.o.SpoolDirectory)
-	if err != nil {
-		return // it was there a moment ago
-	}
-	for _, e := range others {
-		if _, err := strconv.ParseUint(e.Name(), 10, 64); err != nil || e.Name() == s.o.SystemID.String() {
-			continue
-		}
-		path := filepath.Join(s.o.SpoolDirectory, e.Name())
-		if left, err := filepath.Glob(filepath.Join(path, "*"+sealedSuffix)); err == nil && len(left) > 0 {
-			s.o.Log.Error("the temporary folder holds wal of another cluster that lived in this data directory and never reached the repository",
-				"directory", path, "files", len(left))
-		}
 	}
 }
 
