@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5/pgconn"
+
 	"github.com/pgark/terraform-provider-pgark/internal/engine/postgres"
 	"github.com/pgark/terraform-provider-pgark/test/pgtest"
 )
@@ -436,18 +438,28 @@ func trust(t *testing.T, c *pgtest.Cluster, role string) {
 // checkShutdown goes along with a server that stops, which sends all that it has written, and copies its files for a
 // standby. A stream that has only ever reported what it received does not hold the server up.
 func checkShutdown(t *testing.T, c *pgtest.Cluster, size postgres.SegmentSize, v *received) *pgtest.Cluster {
-	r := replicate(t, c)
-	defer r.Close()
-	if err := r.Start(t.Context(), 1, v.end(), ""); err != nil {
-		t.Fatal(err)
+	var r *postgres.Replication
+	var err error
+	for range 3 {
+		r = replicate(t, c)
+		defer r.Close()
+		if err := r.Start(t.Context(), 1, v.end(), ""); err != nil {
+			t.Fatal(err)
+		}
+		stopped := make(chan struct{})
+		go func() {
+			defer close(stopped)
+			c.Stop(pgtest.Fast)
+		}()
+		err = v.expectEnd(t, r)
+		<-stopped
+		// PostgreSQL 18 may take a sender that has only just begun for an ordinary session, and end it as one.
+		var ended *pgconn.PgError
+		if !errors.As(err, &ended) || ended.Code != "57P01" {
+			break
+		}
+		c.Start()
 	}
-	stopped := make(chan struct{})
-	go func() {
-		defer close(stopped)
-		c.Stop(pgtest.Fast)
-	}()
-	err := v.expectEnd(t, r)
-	<-stopped
 	if !errors.Is(err, postgres.ErrServerEnded) || !r.Broken() {
 		t.Fatalf("found %v, broken: %v, expected the server to end the stream", err, r.Broken())
 	}

@@ -38,7 +38,7 @@ func dumpRecords(t *testing.T, c *pgtest.Cluster, names []string, size postgres.
 	}
 	d := recordEnds{ends: []postgres.LSN{postgres.SegmentName(names[0]).Start(size)}}
 	lines := bufio.NewScanner(out)
-	lines.Buffer(nil, 1<<20)
+	lines.Buffer(nil, 64<<20) // a logical message is printed byte by byte, whatever its length
 	for lines.Scan() {
 		m := waldumpLine.FindStringSubmatch(lines.Text())
 		if m == nil {
@@ -64,6 +64,11 @@ func dumpRecords(t *testing.T, c *pgtest.Cluster, names []string, size postgres.
 			}
 			d.skipped = append(d.skipped, [2]postgres.LSN{end, size.Start(size.Number(start) + 1)})
 		}
+	}
+	if err := lines.Err(); err != nil {
+		_ = cmd.Process.Kill() // or it would wait for somebody to read on
+		_ = cmd.Wait()         // it was killed
+		t.Fatalf("read what pg_waldump prints: %v", err)
 	}
 	_ = cmd.Wait() // it fails where the WAL ends
 	return d
@@ -135,9 +140,13 @@ func checkRecords(t *testing.T, c *pgtest.Cluster, size postgres.SegmentSize) {
 		records += s.Records
 		ends[postgres.SegmentName(name).End(size)] = s.End
 	}
-	dump := dumpRecords(t, c, names, size)
-	if dump.records < records || len(dump.skipped) == 0 {
-		t.Fatalf("pg_waldump found %d records in %v, we %d", dump.records, names, records)
+	// The packages of the other majors have no pg_waldump; records are laid out the same in all of them.
+	var dump *recordEnds
+	if c.HasTool("pg_waldump") {
+		d := dumpRecords(t, c, names, size)
+		if dump = &d; dump.records < records || len(dump.skipped) == 0 {
+			t.Fatalf("pg_waldump found %d records in %v, we %d", dump.records, names, records)
+		}
 	}
 	start := postgres.SegmentName(names[0]).Start(size)
 	seed := rand.Uint64()
@@ -148,8 +157,10 @@ func checkRecords(t *testing.T, c *pgtest.Cluster, size postgres.SegmentSize) {
 		if n, err := s.Write(piece); n != len(piece) || err != nil {
 			t.Fatalf("seed %d: Write at %s: %d, %v", seed, s.Received(), n, err)
 		}
-		if expected := dump.at(s.Received()); s.End() != expected {
-			t.Fatalf("seed %d: at %s the last record ends at %s, expected %s", seed, s.Received(), s.End(), expected)
+		if dump != nil {
+			if expected := dump.at(s.Received()); s.End() != expected {
+				t.Fatalf("seed %d: at %s the last record ends at %s, expected %s", seed, s.Received(), s.End(), expected)
+			}
 		}
 		if end := ends[s.Received()]; end != 0 && end != s.End() {
 			t.Errorf("seed %d: at the segment's end %s the last record ends at %s, the segment's walk says %s", seed, s.Received(), s.End(), end)
@@ -158,8 +169,11 @@ func checkRecords(t *testing.T, c *pgtest.Cluster, size postgres.SegmentSize) {
 		passed.Commits += p.Commits
 		passed.Work = passed.Work || p.Work
 	}
-	if s.Received() != start+postgres.LSN(len(all)) || passed.Commits != dump.finished || !passed.Work {
-		t.Errorf("seed %d: received up to %s, %+v; expected %s, %d commits", seed, s.Received(), passed, start+postgres.LSN(len(all)), dump.finished)
+	if s.Received() != start+postgres.LSN(len(all)) || passed.Commits == 0 || !passed.Work {
+		t.Errorf("seed %d: received up to %s, %+v; expected %s, and commits", seed, s.Received(), passed, start+postgres.LSN(len(all)))
+	}
+	if dump != nil && passed.Commits != dump.finished {
+		t.Errorf("seed %d: found %d commits, pg_waldump %d", seed, passed.Commits, dump.finished)
 	}
 
 	// What an idle server writes is no work.
