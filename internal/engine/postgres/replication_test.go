@@ -324,21 +324,26 @@ func checkSynchronous(t *testing.T, c *pgtest.Cluster, size postgres.SegmentSize
 	// The setting reaches the server's processes a moment after the reload.
 	report(v.end())
 	eventually(t, "it is a synchronous standby", func() bool { return state() == "sync" })
-	committed := make(chan struct{})
-	go func() {
-		defer close(committed)
-		c.Exec("insert into t values (2)")
-	}()
-	// What is committed, but not durable here, is not acknowledged.
-	before := v.end()
-	for v.end() == before {
-		report(before)
-	}
-	select {
-	case <-committed:
-		t.Error("a commit was acknowledged before it was durable")
-	case <-time.After(50 * time.Millisecond):
-	}
+	// What is committed, but not durable here, is not acknowledged, once the checkpointer has taken the setting, too: it
+	// tells the sessions to wait (SyncRepUpdateSyncStandbysDefined).
+	var committed chan struct{}
+	eventually(t, "a commit waits until it is durable", func() bool {
+		committed = make(chan struct{})
+		go func(committed chan struct{}) {
+			defer close(committed)
+			c.Exec("insert into t values (2)")
+		}(committed)
+		before := v.end()
+		for v.end() == before {
+			report(before)
+		}
+		select {
+		case <-committed:
+			return false
+		case <-time.After(50 * time.Millisecond):
+			return true
+		}
+	})
 	for done := false; !done; {
 		report(v.end())
 		select {
