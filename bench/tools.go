@@ -139,7 +139,7 @@ func (p *pgark) forgetWAL(compression string) error {
 
 // fetch is the restore_command of what the present repository holds.
 func (p *pgark) fetch() string {
-	return fmt.Sprintf("%s wal fetch --repository %s --series bench/%s/%s %%f %%p", p.binary, p.job.Repository.URL, p.instance, p.systemID)
+	return fmt.Sprintf("%s wal fetch --path-style --repository %s --series bench/%s/%s %%f %%p", p.binary, p.job.Repository.URL, p.instance, p.systemID)
 }
 
 func (p *pgark) name() string { return "pgark" }

@@ -61,6 +61,8 @@ func sessionAttribute(description string) schema.SingleNestedAttribute {
 		"ratio":             computedFloat64("`source_bytes` to `stored_bytes`; 0 when nothing was stored."),
 		"segments":          computedInt64("WAL segments shipped."),
 		"max_delay_seconds": computedFloat64("The longest that a segment took from complete to durable."),
+		"max_lag_seconds":   computedFloat64("The longest that written WAL was not durable, in continuous mode."),
+		"gaps":              computedInt64("Places where WAL was lost."),
 	})
 }
 
@@ -107,6 +109,13 @@ func statisticsSeriesAttribute() schema.ListNestedAttribute {
 				"sla_percent":              computedFloat64("Share of sessions that met the objective; null when none has ended."),
 				"misses":                   computedInt64("Sessions that did not meet it."),
 				"max_delay_seconds":        computedFloat64("The longest that a segment took from complete to durable."),
+				"max_lag_seconds":          computedFloat64("The longest that written WAL was not durable, in continuous mode."),
+				"late_seconds":             computedFloat64("How long it lagged by more than `max_lag`, in all, in continuous mode."),
+				"within_percent":           computedFloat64("Share of the time in which it did not; null when there was no session in continuous mode."),
+				"tails":                    computedInt64("Parts of segments stored before the segment was whole."),
+				"tail_bytes":               computedInt64("Bytes written to the repository for them."),
+				"spooled":                  computedInt64("Files that waited in the temporary folder."),
+				"gaps":                     computedInt64("Places where WAL was lost."),
 				"last_stored_at":           computedTime("When the newest segment was stored."),
 				"last_segment":             computedString("Its name."),
 				"timeline":                 computedInt64("Its timeline."),

