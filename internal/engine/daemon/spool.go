@@ -5,62 +5,28 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
-	"github.com/pgark/terraform-provider-pgark/internal/engine/postgres"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/repository"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/wal"
 )
 
-// place is a directory in which WAL may lie that PostgreSQL was told is safe: the temporary folder of one series in one
-// repository. What was put there is brought to the repository even when the job names another folder by now, or another
-// cluster lives in the data directory. Only its own repository has a use for it: nobody else's keys open it.
-type place struct {
-	Directory  string            `json:"directory"`
-	Repository string            `json:"repository"` // its id
-	URL        string            `json:"url"`
-	SystemID   postgres.SystemID `json:"system_identifier"`
-}
-
-// sealedFiles is how files that wait in a temporary folder end.
-const sealedFiles = ".sealed"
-
 // drainAgain is the wait before WAL of an earlier cluster is tried again.
 const drainAgain = 30 * time.Second
 
-// places is the file that remembers them: spools.json in the state directory.
-func (d *daemon) placesFile() string {
-	return filepath.Join(d.o.Layout.StateDirectory(d.o.Job, d.o.Instance), "spools.json")
-}
-
-func (d *daemon) places() ([]place, error) {
-	b, err := os.ReadFile(d.placesFile())
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	var all []place
-	if err == nil {
-		err = json.Unmarshal(b, &all)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("where WAL may wait in temporary folders: %w", err)
-	}
-	return all, nil
-}
-
 // keepPlaces makes the file durable: forgetting a place would lose what lies there.
-func (d *daemon) keepPlaces(all []place) error {
+func (d *daemon) keepPlaces(all []job.SpoolPlace) error {
 	b, err := json.MarshalIndent(all, "", "  ")
 	if err != nil {
 		return err
 	}
-	name := d.placesFile()
+	name := d.o.Layout.SpoolPlacesFile(d.o.Job, d.o.Instance)
 	f, err := os.OpenFile(name+".new", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
@@ -86,31 +52,18 @@ func (d *daemon) keepPlaces(all []place) error {
 	return dir.Sync()
 }
 
-// waitingIn counts the files that wait in a directory.
-func waitingIn(dir string) (int, error) {
-	entries, err := os.ReadDir(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return 0, nil
-	}
-	n := 0
-	for _, e := range entries {
-		if strings.HasSuffix(e.Name(), sealedFiles) {
-			n++
-		}
-	}
-	return n, err
-}
-
 // spoolFor is the directory for WAL that waits for a repository. The shipper makes one in it for each cluster.
 func (d *daemon) spoolFor(c config, repository string) string {
 	return filepath.Join(d.o.Layout.SpoolDirectory(c.job, d.o.Instance), fmt.Sprintf("%.8s", repository))
 }
 
-// spool is where a protection's WAL waits.
+// spool is where a protection's WAL waits. What was put into a place is brought to the repository even when the job names
+// another folder by now, or another cluster lives in the data directory. Only its own repository has a use for it: nobody
+// else's keys open it.
 type spool struct {
-	used      string  // of this series
-	wanted    string  // what used would be as the job is declared
-	leftovers []place // of series of earlier clusters
+	used      string           // of this series
+	wanted    string           // what used would be as the job is declared
+	leftovers []job.SpoolPlace // of series of earlier clusters
 }
 
 // choosePlace decides where WAL waits while the repository is away. As long as some waits where an earlier job file said,
@@ -119,17 +72,17 @@ func (p *protection) choosePlace(c config) error {
 	d := p.d
 	repo := p.repo.Description().ID
 	p.spool.wanted = filepath.Join(d.spoolFor(c, repo), p.systemID.String())
-	here := place{Directory: p.spool.wanted, Repository: repo, URL: p.stores.url, SystemID: p.systemID}
-	all, err := d.places()
+	here := job.SpoolPlace{Directory: p.spool.wanted, Repository: repo, URL: p.stores.url, SystemID: p.systemID}
+	all, err := d.o.Layout.SpoolPlaces(d.o.Job, d.o.Instance)
 	if err != nil {
 		return err
 	}
-	var keep []place
+	var keep []job.SpoolPlace
 	for _, e := range all {
 		if e.Directory == p.spool.wanted {
 			continue
 		}
-		n, err := waitingIn(e.Directory)
+		n, err := wal.CountSpooled(e.Directory)
 		if err != nil {
 			return fmt.Errorf("WAL that PostgreSQL was told is safe may wait in %s: %w", e.Directory, err)
 		}
@@ -164,20 +117,20 @@ func (p *protection) moved() bool {
 	if p.spool.used == p.spool.wanted {
 		return false
 	}
-	n, err := waitingIn(p.spool.used)
+	n, err := wal.CountSpooled(p.spool.used)
 	return err == nil && n == 0
 }
 
 // drain brings what waits for the series of an earlier cluster to the repository.
-func (p *protection) drain(ctx context.Context, e place) {
+func (p *protection) drain(ctx context.Context, e job.SpoolPlace) {
 	log := p.d.log.With("directory", e.Directory)
 	id := p.series.ID()
 	id.SystemID = e.SystemID
 	log.Info("wal of an earlier cluster waits in a temporary folder: it is stored now", "series", id.String())
 	for {
-		err := drain(ctx, p.repo.Series(id), e.Directory)
+		err := drain(ctx, log, p.repo.Series(id), e.Directory)
 		if err == nil {
-			log.Info("wal of an earlier cluster is stored", "series", id.String())
+			log.Info("no wal of an earlier cluster waits any more", "series", id.String())
 			_ = os.Remove(e.Directory) // what else lies in it keeps it
 			return
 		}
@@ -193,14 +146,14 @@ func (p *protection) drain(ctx context.Context, e place) {
 	}
 }
 
-func drain(ctx context.Context, series *repository.Series, dir string) error {
+func drain(ctx context.Context, log *slog.Logger, series *repository.Series, dir string) error {
 	spool, err := wal.OpenSpool(dir, 0)
 	if err != nil {
 		return err
 	}
 	var left error
 	for _, name := range spool.Names() {
-		if err := drainFile(ctx, series, spool, name); err != nil {
+		if err := drainFile(ctx, log, series, spool, name); err != nil {
 			left = err
 		}
 		if ctx.Err() != nil {
@@ -211,7 +164,7 @@ func drain(ctx context.Context, series *repository.Series, dir string) error {
 }
 
 // drainFile stores one file. What is damaged, or in the repository with other content, stays where people find it.
-func drainFile(ctx context.Context, series *repository.Series, spool *wal.Spool, name string) error {
+func drainFile(ctx context.Context, log *slog.Logger, series *repository.Series, spool *wal.Spool, name string) error {
 	var damaged *wal.DamagedError
 	var conflict *repository.WALConflictError
 	w, err := spool.Read(name, series.ReadSealed)
@@ -223,7 +176,9 @@ func drainFile(ctx context.Context, series *repository.Series, spool *wal.Spool,
 	case err == nil:
 		return spool.Remove(name)
 	case errors.As(err, &damaged), errors.As(err, &conflict):
-		return errors.Join(err, spool.SetAside(name))
+		// Trying again would not help. It is for people to look at, who are told once.
+		log.Error("wal of an earlier cluster cannot be stored; the file is set aside", "name", name, "error", err)
+		return spool.SetAside(name)
 	}
 	return err
 }

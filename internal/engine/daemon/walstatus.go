@@ -2,6 +2,9 @@ package daemon
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -12,6 +15,7 @@ import (
 	"github.com/pgark/terraform-provider-pgark/internal/engine/daemon/control"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
 	"github.com/pgark/terraform-provider-pgark/internal/engine/postgres"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/wal"
 )
 
 // askServerFor bounds what a status may take to ask the server where its WAL stands.
@@ -97,7 +101,12 @@ func (p *protection) durableBefore(at position, s *control.WALStatus) postgres.L
 	if s.Pending == 0 && (s.Spool == nil || s.Spool.Files == 0) {
 		return durable
 	}
-	for _, name := range p.unstored() {
+	unstored, err := p.unstored()
+	if err != nil {
+		p.d.log.Warn("tell how far wal is durable: nothing is claimed", "error", err)
+		return 0
+	}
+	for _, name := range unstored {
 		if name.Timeline() == at.timeline {
 			durable = min(durable, name.Start(size))
 		}
@@ -106,29 +115,37 @@ func (p *protection) durableBefore(at position, s *control.WALStatus) postgres.L
 }
 
 // unstored lists the finished segments that are not in the repository, or were not a moment ago: those that PostgreSQL
-// waits for, and those in the temporary folder.
-func (p *protection) unstored() []postgres.SegmentName {
+// waits for, and those in the temporary folder. A directory that cannot be read is an error: none found there would be a
+// claim that all is durable.
+func (p *protection) unstored() ([]postgres.SegmentName, error) {
 	var all []postgres.SegmentName
-	for _, where := range []struct{ dir, suffix string }{
-		{filepath.Join(p.dataDir, "pg_wal", "archive_status"), ".ready"}, {p.spool.used, sealedFiles},
+	for _, where := range []struct {
+		dir, suffix string
+		optional    bool
+	}{
+		{filepath.Join(p.dataDir, "pg_wal", "archive_status"), ".ready", false},
+		{p.spool.used, wal.SealedSuffix, true}, // made when the first file goes into it
 	} {
-		for _, file := range namesIn(where.dir) {
+		files, err := namesIn(where.dir)
+		if err != nil && (!where.optional || !errors.Is(err, fs.ErrNotExist)) {
+			return nil, fmt.Errorf("look for wal that is not stored yet: %w", err)
+		}
+		for _, file := range files {
 			name, ok := strings.CutSuffix(file, where.suffix)
 			if segment, err := postgres.ParseSegmentName(name); ok && err == nil && segment.Check(p.segment) == nil {
 				all = append(all, segment)
 			}
 		}
 	}
-	return all
+	return all, nil
 }
 
-// namesIn lists a directory; what cannot be read is empty.
-func namesIn(dir string) []string {
+// namesIn lists a directory, in no order.
+func namesIn(dir string) ([]string, error) {
 	d, err := os.Open(dir)
 	if err != nil {
-		return nil
+		return nil, err
 	}
 	defer d.Close()
-	names, _ := d.Readdirnames(-1)
-	return names
+	return d.Readdirnames(-1)
 }

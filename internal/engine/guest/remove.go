@@ -4,7 +4,6 @@ package guest
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -15,6 +14,7 @@ import (
 	"time"
 
 	"github.com/pgark/terraform-provider-pgark/internal/engine/job"
+	"github.com/pgark/terraform-provider-pgark/internal/engine/wal"
 )
 
 // Remove implements Guest. While the settings of an instance cannot be put back, everything stays as it is: PostgreSQL
@@ -151,11 +151,18 @@ func (g *local) spooled(name, instance string, j *job.Job) error {
 	}
 	e := &SpoolError{Instance: instance}
 	declared := g.layout.SpoolDirectory(j, instance)
-	for _, directory := range append(g.spoolPlaces(name, instance), declared) {
-		if strings.HasPrefix(directory, declared+"/") {
-			continue
+	places, err := g.layout.SpoolPlaces(name, instance)
+	if err != nil {
+		return fmt.Errorf("instance %s: %w", instance, err)
+	}
+	directories := []string{declared}
+	for _, p := range places {
+		if !strings.HasPrefix(p.Directory, declared+"/") {
+			directories = append(directories, p.Directory)
 		}
-		n, err := sealedFiles(directory)
+	}
+	for _, directory := range directories {
+		n, err := wal.CountSpooled(directory)
 		if err != nil {
 			return err
 		}
@@ -174,37 +181,6 @@ func (g *local) spooled(name, instance string, j *job.Job) error {
 	e.Remedy = "# the runner stores them as soon as it reaches the repository; this shows how far it is:\n" +
 		g.layout.BinaryLink() + " status --job " + name + "\n# to lose them:\n# " + remove
 	return e
-}
-
-// spoolPlaces are the directories in which the runner, by its own notes, may have left WAL. No notes are none.
-func (g *local) spoolPlaces(name, instance string) []string {
-	var places []struct {
-		Directory string `json:"directory"`
-	}
-	b, err := os.ReadFile(filepath.Join(g.layout.StateDirectory(name, instance), "spools.json"))
-	if err != nil || json.Unmarshal(b, &places) != nil {
-		return nil
-	}
-	var out []string
-	for _, p := range places {
-		out = append(out, p.Directory)
-	}
-	return out
-}
-
-// sealedFiles counts the WAL files that wait below a directory. What has another ending was never whole, or was found to be
-// damaged.
-func sealedFiles(directory string) (n int, err error) {
-	err = filepath.WalkDir(directory, func(path string, d fs.DirEntry, err error) error {
-		switch {
-		case errors.Is(err, fs.ErrNotExist):
-			return nil // none was ever needed, or one was stored just now
-		case err == nil && d.Type().IsRegular() && strings.HasSuffix(path, ".sealed"):
-			n++
-		}
-		return err
-	})
-	return n, err
 }
 
 // removeShared removes what all jobs share, if there is none left. A machine id that we made stays: it owns the names of

@@ -315,6 +315,16 @@ func TestRemove_spooled(t *testing.T) {
 		t.Error("something was removed")
 	}
 	must(t, os.Remove(spooled))
+
+	// Nobody knows where WAL may lie if the runner's notes of it cannot be read.
+	notes := w.layout.SpoolPlacesFile(jobName, name(c))
+	before, err := os.ReadFile(notes)
+	must(t, err)
+	must(t, os.WriteFile(notes, before[:len(before)/2], 0o600))
+	if err := w.guest.Remove(w.ctx, jobName); err == nil || !strings.Contains(err.Error(), notes) || autoConf(t, c) != conf {
+		t.Errorf("found %v, expected the job to stay while %s cannot be read", err, notes)
+	}
+	must(t, os.WriteFile(notes, before, 0o600))
 	must(t, w.guest.Remove(w.ctx, jobName))
 
 	// In a declared folder, which is shared, nothing of ours stays.

@@ -28,7 +28,7 @@ const realWAL = "PGARK_BENCH_WAL"
 func BenchmarkBacklog(b *testing.B) {
 	dir := os.Getenv(realWAL)
 	if dir == "" {
-		b.Skipf("set %s to a directory of WAL segments", realWAL)
+		b.Fatalf("set %s to a directory of WAL segments", realWAL)
 	}
 	source, err := filepath.Glob(filepath.Join(dir, strings.Repeat("[0-9A-F]", 24)))
 	if err != nil || len(source) == 0 {
@@ -100,7 +100,7 @@ func peakMemory(tb testing.TB) int64 {
 func BenchmarkSinglePush(b *testing.B) {
 	dir := os.Getenv(realWAL)
 	if dir == "" {
-		b.Skipf("set %s to a directory of WAL segments", realWAL)
+		b.Fatalf("set %s to a directory of WAL segments", realWAL)
 	}
 	source, err := filepath.Glob(filepath.Join(dir, strings.Repeat("[0-9A-F]", 24)))
 	if err != nil || len(source) < b.N {

@@ -35,9 +35,9 @@ func (e *SpoolConflictError) Error() string {
 }
 
 // Files in a Spool are named like the WAL files that they stand for, with an ending that says that they are whole; while
-// one is being written it has another.
+// one is being written it has another. Those that wait end in SealedSuffix.
 const (
-	sealedSuffix  = ".sealed"
+	SealedSuffix  = ".sealed"
 	tempSuffix    = ".tmp"
 	damagedSuffix = ".damaged"
 )
@@ -83,10 +83,10 @@ func OpenSpool(dir string, limit int64) (*Spool, error) {
 		return fail(err)
 	}
 	for _, e := range entries {
-		name, whole := strings.CutSuffix(e.Name(), sealedSuffix)
+		name, whole := strings.CutSuffix(e.Name(), SealedSuffix)
 		temp, half := strings.CutSuffix(e.Name(), tempSuffix)
 		if half {
-			temp, _, _ = strings.Cut(strings.TrimPrefix(temp, "."), sealedSuffix)
+			temp, _, _ = strings.Cut(strings.TrimPrefix(temp, "."), SealedSuffix)
 			if _, err := postgres.ParseWALFile(temp); err == nil && e.Type().IsRegular() {
 				if err := os.Remove(filepath.Join(dir, e.Name())); err != nil {
 					return fail(err)
@@ -131,6 +131,21 @@ func makeDurable(dir string) error {
 	return syncDir(filepath.Dir(dir))
 }
 
+// CountSpooled counts the files that wait in a directory, or below it. What has another ending was never whole, or was
+// found to be damaged. No directory is none.
+func CountSpooled(dir string) (n int, err error) {
+	err = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			return nil // none was ever needed, or one was stored just now
+		case err == nil && d.Type().IsRegular() && strings.HasSuffix(path, SealedSuffix):
+			n++
+		}
+		return err
+	})
+	return n, err
+}
+
 func syncDir(dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {
@@ -143,7 +158,7 @@ func syncDir(dir string) error {
 	return err
 }
 
-func (s *Spool) path(name string) string { return filepath.Join(s.dir, name+sealedSuffix) }
+func (s *Spool) path(name string) string { return filepath.Join(s.dir, name+SealedSuffix) }
 
 // Put keeps a file. Once it returns nil, the file survives a crash of the machine. The same content again is success;
 // other content is *SpoolConflictError. Without room it is ErrSpoolFull, and nothing has changed; the same holds for any
@@ -235,7 +250,7 @@ func (s *Spool) write(w *repository.SealedWAL) (time.Time, error) {
 	if _, err := w.Body.Seek(0, io.SeekStart); err != nil {
 		return time.Time{}, err
 	}
-	f, err := os.CreateTemp(s.dir, "."+w.Info.Name+sealedSuffix+"*"+tempSuffix) // for the owner alone
+	f, err := os.CreateTemp(s.dir, "."+w.Info.Name+SealedSuffix+"*"+tempSuffix) // for the owner alone
 	if err != nil {
 		return time.Time{}, err
 	}

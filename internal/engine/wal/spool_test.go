@@ -64,7 +64,7 @@ func TestSpool(t *testing.T) {
 		}
 	}
 	// What a crash leaves, and what is not ours.
-	torn := "." + segment(1, 6) + sealedSuffix + "12" + tempSuffix
+	torn := "." + segment(1, 6) + SealedSuffix + "12" + tempSuffix
 	foreign := []string{"notes.txt", "x.sealed", "y.tmp", segment(1, 5)}
 	for _, name := range append([]string{torn}, foreign...) {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte("half"), 0o600); err != nil {
@@ -78,7 +78,7 @@ func TestSpool(t *testing.T) {
 	}
 	var size int64
 	for _, name := range names {
-		info, err := os.Stat(filepath.Join(dir, name+sealedSuffix))
+		info, err := os.Stat(filepath.Join(dir, name+SealedSuffix))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -474,7 +474,7 @@ func TestShip_damagedInTheFolder(t *testing.T) {
 	stop()
 	spool := filepath.Join(dir, testSystem.String())
 	for n := uint64(1); n <= 2; n++ {
-		if err := os.Truncate(filepath.Join(spool, segment(1, n)+sealedSuffix), 5000); err != nil {
+		if err := os.Truncate(filepath.Join(spool, segment(1, n)+SealedSuffix), 5000); err != nil {
 			t.Fatal(err)
 		}
 		if err := os.Remove(filepath.Join(w.data, "pg_wal", "archive_status", segment(1, n)+".ready")); err != nil {

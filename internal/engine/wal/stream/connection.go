@@ -86,8 +86,11 @@ func (s *Streamer) connection(ctx context.Context, wg *sync.WaitGroup) (streamed
 	for {
 		from := s.o.SegmentSize.Start(s.o.SegmentSize.Number(at))
 		s.keepHistory(ctx, begin, conn, timeline, wg)
-		l := s.follow(timeline, from, sys.Flushed)
-		err := conn.Start(begin, timeline, from, s.o.Slot)
+		l, err := s.follow(timeline, from, sys.Flushed)
+		if err != nil {
+			return streamed, err
+		}
+		err = conn.Start(begin, timeline, from, s.o.Slot)
 		if err == nil {
 			s.begun(!streamed)
 			var some bool
@@ -108,9 +111,12 @@ func (s *Streamer) connection(ctx context.Context, wg *sync.WaitGroup) (streamed
 }
 
 // follow returns the ledger of a timeline, a new one if it is not the one that was followed so far.
-func (s *Streamer) follow(timeline postgres.Timeline, from, serverEnd postgres.LSN) *ledger {
+func (s *Streamer) follow(timeline postgres.Timeline, from, serverEnd postgres.LSN) (*ledger, error) {
 	now := time.Now()
-	unstored := s.o.Unstored()
+	unstored, err := s.o.Unstored()
+	if err != nil {
+		return nil, err
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	before := s.current()
@@ -135,7 +141,7 @@ func (s *Streamer) follow(timeline postgres.Timeline, from, serverEnd postgres.L
 	}
 	l := s.current()
 	l.started(from, serverEnd)
-	return l
+	return l, nil
 }
 
 // begun counts a connection that streams, unless it only goes on with what another began.

@@ -49,8 +49,8 @@ type Options struct {
 
 	// Unstored lists finished segments that are not durable in the repository and will be: those that SegmentStored is
 	// going to name. It is asked when a timeline is begun, so that the durable position does not run ahead of WAL that
-	// an earlier run of the runner, or an outage, left behind. Default: none.
-	Unstored func() []postgres.SegmentName
+	// an earlier run of the runner, or an outage, left behind. While it fails nothing is streamed. Default: none.
+	Unstored func() ([]postgres.SegmentName, error)
 
 	Log *slog.Logger // default: none
 }
@@ -63,7 +63,7 @@ func (o *Options) applyDefaults() {
 		o.Completed = func(postgres.SegmentName) {}
 	}
 	if o.Unstored == nil {
-		o.Unstored = func() []postgres.SegmentName { return nil }
+		o.Unstored = func() ([]postgres.SegmentName, error) { return nil, nil }
 	}
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)

@@ -335,6 +335,29 @@ func TestStream_otherCluster(t *testing.T) {
 	}
 }
 
+// TestStream_unstoredUnknown: nothing counts as durable while nobody can tell which segments are not.
+func TestStream_unstoredUnknown(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, 15, 0)
+	var known atomic.Bool
+	r := w.stream(w.pg, func(o *Options) {
+		unstored := o.Unstored
+		o.Unstored = func() ([]postgres.SegmentName, error) {
+			if !known.Load() {
+				return nil, errors.New("too many open files")
+			}
+			return unstored()
+		}
+	})
+	w.pg.Exec("insert into t values (1)")
+	time.Sleep(time.Second)
+	if at := r.Position(); at.Durable != 0 || !strings.Contains(r.Status().LastError, "too many open files") {
+		t.Errorf("found %+v, %+v, expected that nothing is claimed, and why", at, r.Status())
+	}
+	known.Store(true)
+	r.durable(flushed(t, w.pg), 15*time.Second)
+}
+
 // TestStream_undeletable: a repository that takes no deletions is asked once, and keeps the tails.
 func TestStream_undeletable(t *testing.T) {
 	t.Parallel()

@@ -119,12 +119,12 @@ func (w *world) stream(c *pgtest.Cluster, change ...func(*Options)) *running {
 		Completed: func(name postgres.SegmentName) {
 			ships.Go(func() { w.ship(ctx, series, c, r, name) })
 		},
-		Unstored: func() []postgres.SegmentName {
+		Unstored: func() ([]postgres.SegmentName, error) {
 			names := w.unstored(ctx, c)
 			for _, name := range names {
 				ships.Go(func() { w.ship(ctx, series, c, r, name) })
 			}
-			return names
+			return names, nil
 		},
 		Log: slog.New(slog.NewTextHandler(&logWriter{w}, &slog.HandlerOptions{Level: slog.LevelDebug})),
 	}
